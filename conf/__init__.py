@@ -1,0 +1,1 @@
+"""Hydra config options, installed as ``precision_policy.conf``; a package because Hydra 1.4 ignores a plain folder."""

@@ -1,0 +1,16 @@
+"""What Hydra discovers. Keep it light: every Hydra application on the machine imports this, policy on or off."""
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from precision_policy.hydra_hook import install
+
+# At import, not in the method below: a launcher's worker process unpickles this class and never calls it.
+install()
+
+
+class PrecisionPolicyPlugin(SearchPathPlugin):
+    """Puts the config group ``precision_policy`` on the search path, after the application's own folders."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("precision-policy", "pkg://precision_policy.conf")

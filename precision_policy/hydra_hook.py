@@ -1,0 +1,100 @@
+"""The one module that touches Hydra's internals: it makes the decision part of composing a config.
+
+Why here and nowhere else: by the time a callback sees a job, Hydra has already copied the config for the task and written
+``.hydra/config.yaml``; the Compose API and ``--cfg`` call no callback at all. Composition is the only step that a plain
+run, every job of a sweep in whatever process, ``hydra.compose`` and ``--cfg`` share, and Hydra has no public hook there.
+Should a future Hydra move it, ``job.py`` finds no decision in the job's config and stops the job.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+_NODE = "precision_policy"
+_MARK = "_precision_policy_wrap"
+
+
+def install() -> None:
+    """Wrap composition, once however often it is called: Hydra 1.3 may execute the plugin's module again."""
+    _wrap("_load_configuration_impl", _load)
+    _wrap("_compose_config_from_defaults_list", _merge)
+
+
+def _wrap(name: str, around: Callable[..., DictConfig]) -> None:
+    original = getattr(ConfigLoaderImpl, name, None)
+    if original is None or hasattr(original, _MARK):  # a Hydra without it: job.py stops the jobs that ask for the policy
+        return
+
+    @functools.wraps(original)
+    def wrapper(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        return around(original, self, *args, **kwargs)
+
+    setattr(wrapper, _MARK, True)
+    setattr(ConfigLoaderImpl, name, wrapper)
+
+
+def _load(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+    """Compose as Hydra does, then let the policy decide."""
+    try:
+        cfg = original(self, *args, **kwargs)
+    except ConfigCompositionException as error:
+        explanation = _unknown_setting(str(error))
+        if explanation is None:
+            raise
+        raise ConfigCompositionException(explanation) from error
+    # A sweep's own composition is nobody's job: its jobs are composed one by one, with their overrides.
+    if _NODE in cfg and kwargs.get("run_mode") is not RunMode.MULTIRUN:
+        _decide(cfg)
+    return cfg
+
+
+def _decide(cfg: DictConfig) -> None:
+    from precision_policy.policy import apply  # not at the top: applications without the policy never need it
+    from precision_policy.settings import SettingError
+
+    node = cfg[_NODE]
+    if node is True or node in ("on", "warn", "strict"):
+        raise ConfigCompositionException(
+            f"{_NODE}={node}: the policy is an option of a config group, and as a plain key it does nothing.\n"
+            f'Write +{_NODE}=on on the command line, or - {_NODE}: "on", quoted, in a defaults list.'
+        )
+    if not (isinstance(node, DictConfig) and "enabled" in node and "decision" in node.keys()):
+        return  # settings that wait for the policy to be switched on, or a node of the application's own
+    try:
+        apply(cfg, list(cfg.hydra.overrides.task))
+    except SettingError as error:
+        raise ConfigCompositionException(str(error)) from None
+
+
+def _merge(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+    """Merge the defaults list as Hydra does; where a typed root refuses our node, merge that one into the opened root."""
+    try:
+        return original(self, *args, **kwargs)
+    except ConfigCompositionException as error:
+        if f"Key '{_NODE}' not in" not in str(error) or set(kwargs) != {"defaults", "repo"}:
+            raise
+    ours = [default for default in kwargs["defaults"] if str(default.config_path).startswith(f"{_NODE}/")]
+    others = [default for default in kwargs["defaults"] if default not in ours]
+    cfg = original(self, defaults=others, repo=kwargs["repo"])
+    with open_dict(cfg):
+        for default in ours:
+            cfg.merge_with(self._load_single_config(default=default, repo=kwargs["repo"]).config)
+    return cfg
+
+
+def _unknown_setting(message: str) -> str | None:
+    """Hydra's advice for a key that is not there is to add it with a +; for a setting that does not exist that is wrong."""
+    from precision_policy.settings import NAMES, unknown
+
+    match = re.search(rf"Could not override '{_NODE}\.(\w+)[^']*'\..*?=(.*)", message, re.DOTALL)
+    if match is None or match[1] in NAMES:
+        return None
+    return str(unknown(match[1], match[2].splitlines()[0]))

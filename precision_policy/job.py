@@ -1,0 +1,75 @@
+"""The Hydra callback that the config options install: says what was decided, and keeps watch while the job runs."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from precision_policy import ranks
+from precision_policy.policy import advice
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+
+    from precision_policy.watch import Watch
+
+_LOG = logging.getLogger("precision_policy")
+
+
+class JobCallback(Callback):
+    """Speaks and watches for every job of a run or sweep; Hydra makes one for all jobs of a sweep in one process."""
+
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Log the decision and arm the watch.
+
+        Raises:
+            SystemExit: no decision was made when the config was composed. No other kind of exception would do: Hydra
+                turns those that a callback raises into warnings, and the job would run without its policy.
+        """
+        node: dict[str, Any] = OmegaConf.to_container(config.precision_policy)  # type: ignore[assignment]  # a mapping
+        if node.get("enabled") is False:
+            return
+        if not node.get("decision"):
+            raise SystemExit(
+                "precision_policy is on, but nothing was decided when the config was composed: this version of "
+                "hydra-precision-policy does not know this version of Hydra.\n"
+                "Install a version that does, or switch the policy off (precision_policy=off)."
+            )
+        pairs = node["decision"] if node.get("pairs") else {None: node["decision"]}
+        if ranks.is_rank_zero():
+            for decision in pairs.values():
+                _LOG.info(line(decision))
+        self._stop_watching()
+        if node["bf16_adam"] == "ignore" or all(decision["rule"] == "peft" for decision in pairs.values()):
+            return
+        # Here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.
+        from precision_policy.watch import Watch
+
+        self._watch = Watch(advice(config))
+        self._watch.arm()
+        # Hydra 1.3 ends a job that KeyboardInterrupt stops without telling its callbacks.
+        weakref.finalize(self, self._watch.disarm)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Leave torch as it was before the job."""
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.disarm()
+            self._watch = None
+
+
+def line(decision: dict[str, Any]) -> str:
+    """One decision as the log line that reports it."""
+    if decision["rule"] != "set":
+        return f"nothing set ({decision['rule']}): {decision['reason']}"
+    before = "unset" if decision["before"] is None else decision["before"]
+    return f"{decision['key']}: {before} -> {decision['after']}: {decision['reason']}"
