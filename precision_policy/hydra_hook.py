@@ -16,7 +16,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, flag_override
 
 _NODE = "precision_policy"
 _MARK = "_precision_policy_wrap"
@@ -66,7 +66,7 @@ def _decide(cfg: DictConfig) -> None:
             f"{_NODE}={node}: the policy is an option of a config group, and as a plain key it does nothing.\n"
             f'Write +{_NODE}=on on the command line, or - {_NODE}: "on", quoted, in a defaults list.'
         )
-    if not (isinstance(node, DictConfig) and "enabled" in node and "decision" in node.keys()):
+    if not (isinstance(node, DictConfig) and "enabled" in node and "decision" in node):
         return  # settings that wait for the policy to be switched on, or a node of the application's own
     try:
         apply(cfg, list(cfg.hydra.overrides.task))
@@ -79,12 +79,13 @@ def _merge(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: A
     try:
         return original(self, *args, **kwargs)
     except ConfigCompositionException as error:
-        if f"Key '{_NODE}' not in" not in str(error) or set(kwargs) != {"defaults", "repo"}:
+        refused = f"Key '{_NODE}' not in" in str(error) or "read-only" in str(error)
+        if not refused or set(kwargs) != {"defaults", "repo"}:
             raise
     ours = [default for default in kwargs["defaults"] if str(default.config_path).startswith(f"{_NODE}/")]
     others = [default for default in kwargs["defaults"] if default not in ours]
     cfg = original(self, defaults=others, repo=kwargs["repo"])
-    with open_dict(cfg):
+    with flag_override(cfg, ["struct", "readonly"], [False, False]):
         for default in ours:
             cfg.merge_with(self._load_single_config(default=default, repo=kwargs["repo"]).config)
     return cfg

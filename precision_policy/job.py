@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from precision_policy import ranks
-from precision_policy.policy import advice
+from precision_policy.policy import asked
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
-
-    from precision_policy.watch import Watch
 
 _LOG = logging.getLogger("precision_policy")
 
@@ -24,7 +23,7 @@ class JobCallback(Callback):
     """Speaks and watches for every job of a run or sweep; Hydra makes one for all jobs of a sweep in one process."""
 
     def __init__(self) -> None:
-        self._watch: Watch | None = None
+        self._stops: list[Callable[[], None]] = []
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Log the decision and arm the watch.
@@ -50,21 +49,32 @@ class JobCallback(Callback):
         if node["bf16_adam"] == "ignore" or all(decision["rule"] == "peft" for decision in pairs.values()):
             return
         # Here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.
+        from precision_policy.monitor import Monitor
+        from precision_policy.report import Asked
         from precision_policy.watch import Watch
 
-        self._watch = Watch(advice(config))
-        self._watch.arm()
+        fix, fp32_by = asked(config)
+        watch = Watch(Asked(fix, fp32_by, node["sample"]), node["bf16_adam"])
+        watch.arm()
+        self._stops = [watch.disarm]
+        if node["monitor"]["every"]:
+            monitor = Monitor(node["monitor"]["every"])
+            monitor.start()
+            self._stops.append(monitor.stop)
         # Hydra 1.3 ends a job that KeyboardInterrupt stops without telling its callbacks.
-        weakref.finalize(self, self._watch.disarm)
+        weakref.finalize(self, _call_all, self._stops)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Leave torch as it was before the job."""
         self._stop_watching()
 
     def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.disarm()
-            self._watch = None
+        _call_all(self._stops)
+
+
+def _call_all(stops: list[Callable[[], None]]) -> None:
+    while stops:
+        stops.pop()()
 
 
 def line(decision: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from precision_policy import optimizer_node, peft, targets, tree
-from precision_policy.decision import UNCHOSEN, Decision, DtypeField, Facts, Room, decide
-from precision_policy.settings import Pair, Path, Settings, SettingError, parse
+from precision_policy.decision import BF16_BESIDE, UNCHOSEN, Decision, DtypeField, Facts, Room, decide
+from precision_policy.settings import Pair, Path, SettingError, Settings, parse
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # in the order in which one of two is written
 
@@ -25,9 +25,7 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         SettingError: a setting that cannot be right.
     """
-    node = cfg.precision_policy
-    given = {key: node[key] for key in tree.keys(node) if not tree.is_missing(node, key)}
-    settings = parse({key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in given.items()})
+    settings = parse(_given(cfg.precision_policy))
     record: dict[str, Any] = {**settings.as_dict(), "decision": None}
     if settings.enabled:
         decisions: dict[str | None, Any] = {}
@@ -38,6 +36,19 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
             decisions[name] = decision.as_dict()
         record["decision"] = decisions.get(None, decisions)
     tree.write(cfg, "precision_policy", record)
+
+
+def _given(node: DictConfig) -> dict[str, Any]:
+    """What was set; ``???`` stands for a setting that was left alone."""
+    given = {key: node[key] for key in tree.keys(node) if not tree.is_missing(node, key)}
+    return {
+        key: _given(value)
+        if isinstance(value, DictConfig)
+        else OmegaConf.to_container(value)
+        if OmegaConf.is_config(value)
+        else value
+        for key, value in given.items()
+    }
 
 
 def spelled(path: str, overrides: Sequence[str], there: bool) -> str:
@@ -178,13 +189,13 @@ def _set(cfg: DictConfig, decision: Decision) -> None:
         raise SettingError(decision.key, decision.after, problem, fix) from error
 
 
-def advice(cfg: DictConfig) -> str:
-    """The override that gives this application's model fp32 storage, for a job whose decision is made."""
+def asked(cfg: DictConfig) -> tuple[str, str | None]:
+    """Of a job whose decision is made: the override that gives its model fp32 storage, and what asked for that already."""
     node, overrides = cfg.precision_policy, list(cfg.hydra.overrides.task)
-    fp32 = node.storage_dtype or "float32"
     decisions = [node.decision[name] for name in node.decision] if node.pairs else [node.decision]
-    keys = [decision.key for decision in decisions if decision.key]
-    if not keys:
-        keys = [f"{node.model}.{node.dtype_key or 'torch_dtype'}"]
-    there = {key: tree.leads_somewhere(cfg, key) for key in keys}
-    return " ".join(f"{spelled(key, overrides, there[key])}={fp32}" for key in keys)
+    keys = [one.key for one in decisions if one.key] or [f"{node.model}.{node.dtype_key or 'torch_dtype'}"]
+    fix = " ".join(
+        f"{spelled(key, overrides, tree.leads_somewhere(cfg, key))}={node.storage_dtype or 'float32'}" for key in keys
+    )
+    fp32 = [f"{one.key}={one.after}" for one in decisions if one.key and str(one.after) in BF16_BESIDE]
+    return fix, ", ".join(fp32) if len(fp32) == len(decisions) else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from precision_policy.decision import BF16_BESIDE
+
 
 class SettingError(ValueError):
     """A setting that cannot be right; the message names the key, the value and the fix."""
@@ -54,6 +55,8 @@ class Settings:
         dtype_key: the project's own name of the dtype key below the model node; None for ``dtype``/``torch_dtype``.
         storage_dtype: what is written, in the project's spelling of fp32; None never writes.
         bf16_adam: what a torch Adam over trainable bf16 parameters leads to.
+        sample: how many elements the warning's numbers are read from; None for 2**26 on a CPU and all on a GPU.
+        monitor: ``every``: log the share of weights left unchanged every so many steps; 0 never.
         chosen: the names above that were set rather than left to their defaults.
     """
 
@@ -64,7 +67,9 @@ class Settings:
     pairs: Mapping[str, Mapping[str, str]] | None = None
     dtype_key: str | None = None
     storage_dtype: str | None = "float32"
-    bf16_adam: Literal["warn", "ignore"] = "warn"
+    bf16_adam: Literal["warn", "error", "ignore"] = "warn"
+    sample: int | None = None
+    monitor: Mapping[str, int] = field(default_factory=lambda: {"every": 0})
     chosen: frozenset[str] = frozenset()
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class Settings:
         }
 
 
-NAMES = tuple(field.name for field in fields(Settings) if field.name != "chosen")
+NAMES = tuple(one.name for one in fields(Settings) if one.name != "chosen")
 _ROLES = ("model", "optimizer", "peft")
 
 
@@ -105,6 +110,14 @@ def _is_pairs(value: Any) -> bool:
     )
 
 
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_monitor(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) <= {"every"} and _is_count(value.get("every", 0), 0)
+
+
 def _among(*choices: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (str, type(None))) and value in choices
 
@@ -114,10 +127,15 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_is_path, "Use the dotted path of the model's node, such as precision_policy.model=method.model."),
     "optimizer": (_is_path, "Use the dotted path of its node, such as precision_policy.optimizer=training.optimizer."),
     "peft": (_is_path, "Use the dotted path of the PEFT flag or block, such as precision_policy.peft=model.lora."),
-    "pairs": (_is_pairs, "Use a mapping of names to {model: PATH, optimizer: PATH, peft: PATH}, the last two optional."),
+    "pairs": (
+        _is_pairs,
+        "Use a mapping of names to {model: PATH, optimizer: PATH, peft: PATH}, the last two optional.",
+    ),
     "dtype_key": (lambda v: v is None or _is_path(v), "Use the key's name below the model node, such as model_dtype."),
     "storage_dtype": (_among(None, *BF16_BESIDE), f"Use {', '.join(BF16_BESIDE)}, or null to never set it."),
-    "bf16_adam": (_among("warn", "ignore"), "Use warn or ignore."),
+    "bf16_adam": (_among("warn", "error", "ignore"), "Use warn, error or ignore."),
+    "sample": (lambda v: v is None or _is_count(v, 1), "Use a number of elements, or null for the default."),
+    "monitor": (_is_monitor, "Use a number of steps, such as precision_policy.monitor.every=100; 0 never logs."),
 }
 
 
@@ -134,7 +152,8 @@ def parse(raw: Mapping[str, Any]) -> Settings:
         fits, fix = _CHECKS[key]
         if not fits(value):
             raise SettingError(f"precision_policy.{key}", value, "not a value that this setting takes", fix)
-    return Settings(**given, chosen=frozenset(given))
+    settings = Settings(**given, chosen=frozenset(given))
+    return replace(settings, monitor={"every": 0, **settings.monitor})
 
 
 def unknown(key: str, value: object, names: Iterable[str] = NAMES) -> SettingError:

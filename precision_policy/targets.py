@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-TORCH_ADAM_TARGETS = frozenset(
-    {"torch.optim.Adam", "torch.optim.AdamW", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW"}
-)
+TORCH_ADAM_TARGETS = frozenset({"torch.optim.Adam", "torch.optim.AdamW", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW"})
 
 # By pattern and not by list, so that an optimizer of a newer torch counts: each of them keeps no master copy.
 _TORCH_OPTIM = re.compile(r"torch\.optim\.(?:(?!lr_scheduler\b|swa_utils\b)\w+\.)*(?!Optimizer$)[A-Z]\w*")
@@ -19,7 +17,21 @@ _TORCH_OPTIM = re.compile(r"torch\.optim\.(?:(?!lr_scheduler\b|swa_utils\b)\w+\.
 # Adafactor and Muon are left out: by name alone they are as likely to be another package's.
 _BY_NAME = {
     name.lower(): f"torch.optim.{name}"
-    for name in "ASGD Adadelta Adagrad Adam AdamW Adamax LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam".split()
+    for name in [
+        "ASGD",
+        "Adadelta",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "LBFGS",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+        "SparseAdam",
+    ]
 }
 # The names of transformers.TrainingArguments(optim=...) that stand for torch.optim.AdamW.
 _BY_NAME |= dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "torch.optim.AdamW")

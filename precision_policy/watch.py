@@ -1,8 +1,8 @@
 """The watch on optimizers: while a job runs, each one is judged as soon as its parameter groups exist.
 
-Armed, it costs one call when an optimizer is constructed and nothing per training step. ``torch.optim.Optimizer`` has no
-hook for construction, so its ``__init__`` is wrapped for the time of the job; every optimizer that a config, plain code or
-a library builds ends up there.
+Armed, it costs a look at each optimizer when it is constructed and again before its first step, and nothing per training
+step. ``torch.optim.Optimizer`` has no hook for construction, so its ``__init__`` is wrapped for the time of the job: every
+optimizer that a config, plain code or a library builds comes through there.
 """
 
 from __future__ import annotations
@@ -10,27 +10,42 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-from precision_policy import ranks
+from precision_policy import optimizers, ranks, report
 
 _LOG = logging.getLogger("precision_policy")
 
+# Reading every dtype of 10,000 parameters takes a tenth of the time that constructing their optimizer takes. Beyond this
+# many, construction looks at an even sample, and the first step looks at all.
+_AT_CONSTRUCTION = 512
+
+
+class Bf16AdamError(RuntimeError):
+    """Raised instead of the warning under ``precision_policy=strict``."""
+
+    def __repr__(self) -> str:
+        # hydra.utils.instantiate shows an error by its repr, which would run the aligned lines together.
+        return f"{type(self).__name__}: {self}"
+
 
 class Watch:
-    """Warns once about a torch Adam over trainable bf16 parameters.
+    """Judges each optimizer once, and says so once per job.
 
     Args:
-        fix: the override that gives this application fp32 storage.
+        asked: what the config asked for, and the fix to name.
+        action: what an optimizer that would lose updates leads to.
     """
 
-    def __init__(self, fix: str) -> None:
-        self._fix = fix
+    def __init__(self, asked: report.Asked, action: Literal["warn", "error"] = "warn") -> None:
+        self._asked = asked
+        self._action = action
         self._lock = threading.Lock()
-        self._warned = False
+        self._said: set[str] = set()
         self._original: Any = None
         self._wrapper: Any = None
 
@@ -39,41 +54,88 @@ class Watch:
         original = Optimizer.__init__
 
         @functools.wraps(original)
-        def __init__(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        def __init__(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
             original(optimizer, *args, **kwargs)
-            if self._wrapper is not None:
-                self._judge(optimizer)
+            self._guarded(self._at_construction, optimizer)
 
         self._original, self._wrapper = original, __init__
         Optimizer.__init__ = __init__  # type: ignore[assignment, method-assign]  # put back by disarm
 
     def disarm(self) -> None:
-        """Leave torch as it was. Whoever wrapped the constructor on top of the watch keeps it, and the watch in it sleeps."""
+        """Leave torch as it was. Whoever has wrapped the constructor on top of the watch keeps it; the watch sleeps in it."""
         wrapper, self._wrapper = self._wrapper, None
         if wrapper is not None and Optimizer.__init__ is wrapper:
             Optimizer.__init__ = self._original  # type: ignore[method-assign]  # as above
 
-    def _judge(self, optimizer: Optimizer) -> None:
-        if self._warned or not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+    def _guarded(self, look: Callable[..., None], *args: Any) -> None:
+        """A diagnosis must not end a job, except by the error that ``strict`` asks for."""
+        if self._wrapper is None:
             return
-        low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype is torch.bfloat16]
-        low = [parameter for parameter in low if parameter.requires_grad]
+        try:
+            look(*args)
+        except Bf16AdamError:
+            raise
+        except Exception:
+            self._say_once("failed", logging.WARNING, lambda: "an optimizer could not be judged", exc_info=True)
+
+    def _at_construction(self, optimizer: Optimizer) -> None:
+        known = optimizers.look_up(optimizer)
+        if known is None:
+            return
+        if not known.engine_owned and _may_hold_low_precision(optimizer):
+            self._judge(optimizer, known)
+        elif not known.engine_owned and known.keeps(optimizer, torch.bfloat16) == "master":
+            self._say_once("wasted", logging.INFO, lambda: report.wasted(optimizer))
+        _before_first_step(optimizer, functools.partial(self._guarded, self._at_first_step, known))
+
+    def _at_first_step(self, known: optimizers.Known, optimizer: Optimizer) -> None:
+        """Parameters may have been added, recast, or swapped for fp32 copies by an engine since construction."""
+        if not getattr(optimizer, "_precision_policy_warned", False):
+            self._judge(optimizer, known)
+        elif not report.low_precision(optimizer):
+            self._say_once("taken back", logging.INFO, lambda: report.taken_back(optimizer))
+
+    def _judge(self, optimizer: Optimizer, known: optimizers.Known) -> None:
+        low = report.low_precision(optimizer)
+        if not low or known.keeps(optimizer, torch.bfloat16) != "nothing":
+            return
+        if self._action == "error":
+            raise Bf16AdamError(report.warning(optimizer, known, low, self._asked))
+        optimizer._precision_policy_warned = True  # type: ignore[attr-defined]  # dies with it, unlike an id in a set
+        self._say_once("warning", logging.WARNING, lambda: report.warning(optimizer, known, low, self._asked))
+
+    def _say_once(self, what: str, level: int, text: Callable[[], str | None], **kwargs: Any) -> None:
+        """Log on rank zero, once per job. The text is made only then: it reads the weights."""
         with self._lock:
-            if not low or self._warned:
+            if what in self._said:
                 return
-            self._warned = True
+            self._said.add(what)
         if ranks.is_rank_zero():
-            _LOG.warning(
-                "%s holds %d trainable bf16 tensors (%d elements) and keeps no fp32 master copy: updates under half a bf16 "
-                "step of a weight are rounded away. Fix: %s",
-                _name(optimizer),
-                len(low),
-                sum(parameter.numel() for parameter in low),
-                self._fix,
-            )
+            message = text()
+            if message is not None:
+                _LOG.log(level, message, **kwargs)
 
 
-def _name(optimizer: Optimizer) -> str:
-    kind = type(optimizer)
-    module = "torch.optim" if kind.__module__.startswith("torch.optim.") else kind.__module__
-    return f"{module}.{kind.__qualname__}"
+def _may_hold_low_precision(optimizer: Optimizer) -> bool:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(params) > _AT_CONSTRUCTION:
+        # Two strides without a common factor: layers repeat, and one stride alone could meet nothing but their biases.
+        stride = 2 * len(params) // _AT_CONSTRUCTION
+        params = params[::stride] + params[1 :: stride + 1]
+    return 2 in map(torch.Tensor.element_size, params)  # cheaper than dtype, which has to ask for overrides
+
+
+def _before_first_step(optimizer: Optimizer, look: Callable[[Optimizer], None]) -> None:
+    """Call ``look`` once, before the optimizer's first step, through torch's public hooks, and leave no hook behind."""
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # The hooks are being walked right now and must not be removed before that is over. A hook after the step that is
+        # registered here is the last of its kind, and the last one may remove itself.
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            handle.remove()
+            last.remove()
+
+        last = optimizer.register_step_post_hook(after)
+        look(optimizer)
+
+    handle = optimizer.register_step_pre_hook(before)

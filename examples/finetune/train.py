@@ -27,12 +27,12 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     tokenizer = AutoTokenizer.from_pretrained(cfg.checkpoint)
     tokens = torch.tensor(tokenizer(Path(cfg.text).read_text(encoding="utf-8"))["input_ids"])
-    cut = int(0.9 * len(tokens))
+    cut = int(0.1 * len(tokens))
     model = hydra.utils.instantiate(cfg.model)
     optimizer = hydra.utils.instantiate(cfg.optimizer, params=model.parameters())
-    held_out = batches(tokens[cut:], cfg.batch, cfg.length, 8, seed=1)
+    held_out = batches(tokens[:cut], cfg.batch, cfg.length, 16, seed=1)
     log.info("loss before: %.4f (%s)", mean_loss(model, held_out), next(model.parameters()).dtype)
-    for step, batch in enumerate(batches(tokens[:cut], cfg.batch, cfg.length, cfg.steps, cfg.seed), start=1):
+    for step, batch in enumerate(batches(tokens[cut:], cfg.batch, cfg.length, cfg.steps, cfg.seed), start=1):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()

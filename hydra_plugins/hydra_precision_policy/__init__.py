@@ -13,4 +13,5 @@ class PrecisionPolicyPlugin(SearchPathPlugin):
     """Puts the config group ``precision_policy`` on the search path, after the application's own folders."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append, so that options of the same name in the application win."""
         search_path.append("precision-policy", "pkg://precision_policy.conf")

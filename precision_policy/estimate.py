@@ -1,0 +1,224 @@
+"""How much of an Adam run is lost to rounding, told before its first step.
+
+A weight w with ``2**e <= |w| < 2**(e+1)``, stored with p significant bits (bf16: 8, fp16: 11), lies half a step of
+``2**(e-p)`` from where rounding would take it to its neighbour: an update smaller than that leaves it bit-identical. Adam's
+first update is lr for every element and later ones are smaller (Kingma and Ba 2015, section 2.1: the effective step is
+bounded by about lr), so the share of weights that an update of size lr cannot move is a floor for the share that is lost.
+It depends on the weights by their exponents alone: one histogram of those answers for every learning rate.
+
+At an exact power of two the step towards zero is half as large. Such a weight counts as lost although an update in that
+one direction may move it; that is at most one weight in 128, and half of those, in a single exponent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+CPU_SAMPLE: Final = 2**26
+"""Elements looked at on a CPU, unless told otherwise: about 0.1 s."""
+
+_CHUNK: Final = 2**20  # elements; what a pass allocates is three bytes for each of these
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A 16-bit float format: significant bits, the position of the exponent's lowest bit, the exponent's bias."""
+
+    significant: int
+    shift: int
+    bias: int
+
+
+_FORMATS: Final = {torch.bfloat16: _Format(8, 7, 127), torch.float16: _Format(11, 10, 15)}
+FORMATS: Final = frozenset(_FORMATS)
+"""The storage dtypes that the estimate knows."""
+
+
+@dataclass
+class Histogram:
+    """How many elements have which biased exponent.
+
+    Attributes:
+        dtype: torch.bfloat16 or torch.float16.
+        counts: by biased exponent, 256 long; of the elements that were looked at.
+        total: all elements, looked at or not.
+    """
+
+    dtype: torch.dtype
+    counts: list[int] = field(default_factory=lambda: [0] * 256)
+    total: int = 0
+
+    @property
+    def seen(self) -> int:
+        """How many elements were looked at."""
+        return sum(self.counts)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether some were not looked at."""
+        return self.seen < self.total
+
+    def add(self, other: Histogram) -> None:
+        """Add the counts of another histogram of the same dtype."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+    def lost(self, update: float) -> float:
+        """The share of elements, 0 to 1, that an update of this size cannot move; 0.0 when nothing was looked at.
+
+        Args:
+            update: the size of the update, in the units of the weights; its sign does not matter.
+        """
+        if not self.seen or math.isnan(update):
+            return 0.0
+        form = _FORMATS[self.dtype]
+        if update == 0.0:
+            return 1.0
+        # update < 2**(e - p)  <=>  e - p >= k, where 2**(k-1) <= update < 2**k
+        first = math.frexp(abs(update))[1] + form.significant + form.bias if math.isfinite(update) else 256
+        # Subnormals (biased exponent 0) have the step of the smallest normal numbers (1).
+        counts = [self.counts[0] + self.counts[1], *self.counts[2:]]
+        return sum(counts[max(0, min(first, 256) - 1) :]) / self.seen
+
+
+@dataclass(frozen=True)
+class GroupEstimate:
+    """The estimate for one parameter group and one storage dtype.
+
+    Attributes:
+        lr: the group's learning rate, as a float; NaN where it cannot be read.
+        histogram: of its trainable elements in that dtype.
+        lost: the share of those, 0 to 1, that an update of size lr cannot move.
+        unread: elements that hold no readable values (meta and sparse tensors, say); they are in no other figure.
+    """
+
+    lr: float
+    histogram: Histogram
+    lost: float
+    unread: int
+
+
+def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = None) -> list[GroupEstimate]:
+    """Estimate, for each parameter group, the share of its weights that an update of size lr cannot move.
+
+    Args:
+        param_groups: as in ``optimizer.param_groups``: mappings with ``params`` and ``lr``.
+        sample: how many elements to look at, over all groups, evenly spread; None for 2**26 on a CPU and for all on a GPU.
+
+    Returns:
+        One estimate per group and 16-bit dtype among its trainable parameters, in the order of the groups. Sharded
+        parameters are counted by this process's shard.
+    """
+    groups = [(as_float(group.get("lr", math.nan)), list(group["params"])) for group in param_groups]
+    step = stride([p for _, params in groups for p in params], sample)
+    estimates = []
+    for lr, params in groups:
+        for dtype in _FORMATS:
+            mine = [p for p in params if p.requires_grad and p.dtype is dtype]
+            if mine:
+                counted, unread = histogram(mine, dtype, step)
+                estimates.append(GroupEstimate(lr, counted, counted.lost(lr), unread))
+    return estimates
+
+
+def as_float(number: Any) -> float:
+    """A learning rate as a float; NaN for what is no single real number (a meta tensor, say)."""
+    try:
+        return float(number)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return math.nan
+
+
+def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
+    """Every how manieth element to look at, so that about ``sample`` are; see :func:`lost_updates` for None."""
+    low = [p for p in params if p.dtype in _FORMATS and p.requires_grad]
+    if sample is None:
+        if not any(p.device.type == "cpu" for p in low):
+            return 1
+        sample = CPU_SAMPLE
+    return max(1, -(-sum(local(p).numel() for p in low) // sample))
+
+
+def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, step: int = 1) -> tuple[Histogram, int]:
+    """The exponents of parameters of one dtype, every ``step``-th element, and how many elements could not be read."""
+    result, unread = Histogram(dtype), 0
+    for param in params:
+        tensor = local(param)
+        try:
+            counts = _counts(tensor, _FORMATS[dtype], step)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+            # Meta, sparse, fake and wrapper-subclass tensors hold nothing that can be read in place, and each refuses in
+            # its own way. A diagnosis must not end the job, so what refuses is counted apart.
+            unread += int(tensor.numel())
+            continue
+        result.add(Histogram(dtype, counts, int(tensor.numel())))
+    return result, unread
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor  # to_local() would wait for the others
+
+
+@torch.no_grad()
+def _counts(tensor: torch.Tensor, form: _Format, step: int) -> list[int]:
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise NotImplementedError("no values to read")
+    counts = [0] * 256
+    for flat in flat_views(tensor.detach()):
+        bits = flat.view(torch.int16)
+        if step > 1:
+            bits = bits[(step // 2 if bits.numel() > step else 0) :: step]
+        elif bits.is_cuda and bits.numel() >= _CHUNK:
+            bits = _count_on_cuda(bits, form, counts)
+        if bits.numel():
+            counts = [a + b for a, b in zip(counts, _bincount(bits, form), strict=True)]
+    return counts
+
+
+def _bincount(bits: torch.Tensor, form: _Format) -> list[int]:
+    total = torch.zeros(256, dtype=torch.int64, device=bits.device)
+    for chunk in torch.split(bits, _CHUNK):
+        exponents = chunk.bitwise_right_shift(form.shift)
+        if form is _FORMATS[torch.float16]:
+            exponents &= 0x1F
+        total += torch.bincount(exponents.to(torch.uint8), minlength=256)  # uint8 cuts the sign off a bf16
+    return [int(count) for count in total.tolist()]
+
+
+def flat_views(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The elements as one-dimensional views, without copying them: their order does not matter."""
+    if tensor.numel() == 0:
+        return []
+    if tensor.is_contiguous():
+        return [tensor.view(-1)]
+    by_stride = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.size(d)), reverse=True)
+    dense = tensor.permute(by_stride)
+    if dense.is_contiguous():
+        return [dense.view(-1)]
+    if tensor.dim() == 1:
+        return [tensor]
+    return [flat for part in tensor.unbind(0) for flat in flat_views(part)]
+
+
+def _count_on_cuda(bits: torch.Tensor, form: _Format, counts: list[int]) -> torch.Tensor:
+    """Add the counts of all but an odd first and last element, in one kernel; gives back what is left to count."""
+    try:
+        from precision_policy.cuda_histogram import WINDOWS, count
+    except ImportError:  # a torch without Triton
+        return bits
+    head = int(bits.storage_offset()) % 2
+    tail = bits.numel() - (bits.numel() - head) % 2
+    low = 104 if form is _FORMATS[torch.bfloat16] else 0  # bf16: from 2**-23 on up to 2**9; fp16: all there are
+    *inside, above = count(bits[head:tail], form.shift, low // 8)
+    for exponent, number in enumerate(inside, start=low):
+        counts[exponent] += number
+    if low:
+        counts[low + 8 * WINDOWS] += above  # 512 and more: which exponent exactly makes no difference to any lr < 1
+        counts[0] += int(tail - head) - sum(inside) - above  # under 2**-23: every lr over 2**-31 moves them
+    return torch.cat([bits[:head], bits[tail:]])
