@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
@@ -23,22 +24,23 @@ _MARK = "_precision_policy_wrap"
 
 
 def install() -> None:
-    """Wrap composition, once however often it is called: Hydra 1.3 may execute the plugin's module again."""
-    _wrap("_load_configuration_impl", _load)
-    _wrap("_compose_config_from_defaults_list", _merge)
+    """Wrap what must be wrapped, once however often it is called: Hydra 1.3 may execute the plugin's module again."""
+    _wrap(ConfigLoaderImpl, "_load_configuration_impl", _load)
+    _wrap(ConfigLoaderImpl, "_compose_config_from_defaults_list", _merge)
+    _wrap(Callbacks, "on_job_start", _job_start)
 
 
-def _wrap(name: str, around: Callable[..., DictConfig]) -> None:
-    original = getattr(ConfigLoaderImpl, name, None)
+def _wrap(kind: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(kind, name, None)
     if original is None or hasattr(original, _MARK):  # a Hydra without it: job.py stops the jobs that ask for the policy
         return
 
     @functools.wraps(original)
-    def wrapper(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         return around(original, self, *args, **kwargs)
 
     setattr(wrapper, _MARK, True)
-    setattr(ConfigLoaderImpl, name, wrapper)
+    setattr(kind, name, wrapper)
 
 
 def _load(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
@@ -89,6 +91,21 @@ def _merge(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: A
         for default in ours:
             cfg.merge_with(self._load_single_config(default=default, repo=kwargs["repo"]).config)
     return cfg
+
+
+def _job_start(original: Callable[..., None], self: Callbacks, config: DictConfig, *args: Any, **kwargs: Any) -> None:
+    """Give a job the callback of its option where a sweep chooses the option: Hydra takes callbacks from the sweep's config."""
+    if _is_on(config):
+        from precision_policy.job import JobCallback
+
+        if not any(isinstance(callback, JobCallback) for callback in self.callbacks):
+            self.callbacks.append(JobCallback())
+    original(self, config, *args, **kwargs)
+
+
+def _is_on(cfg: DictConfig) -> bool:
+    node = cfg.get(_NODE)
+    return isinstance(node, DictConfig) and "decision" in node and bool(node.get("enabled"))
 
 
 def _unknown_setting(message: str) -> str | None:

@@ -32,9 +32,11 @@ class JobCallback(Callback):
             SystemExit: no decision was made when the config was composed. No other kind of exception would do: Hydra
                 turns those that a callback raises into warnings, and the job would run without its policy.
         """
-        node: dict[str, Any] = OmegaConf.to_container(config.precision_policy)  # type: ignore[assignment]  # a mapping
-        if node.get("enabled") is False:
+        self._stop_watching()
+        settings = config.get("precision_policy")  # absent where a sweep deletes it
+        if not isinstance(settings, DictConfig) or not settings.get("enabled"):
             return
+        node: dict[str, Any] = OmegaConf.to_container(settings)  # type: ignore[assignment]  # of a mapping, it is one
         if not node.get("decision"):
             raise SystemExit(
                 "precision_policy is on, but nothing was decided when the config was composed: this version of "
@@ -45,7 +47,6 @@ class JobCallback(Callback):
         if ranks.is_rank_zero():
             for decision in pairs.values():
                 _LOG.info(line(decision))
-        self._stop_watching()
         if node["bf16_adam"] == "ignore" or all(decision["rule"] == "peft" for decision in pairs.values()):
             return
         # Here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.

@@ -45,9 +45,9 @@ def dotted(target: Any) -> str | None:
     return f"{target.__module__}.{name}" if isinstance(name, str) else None
 
 
-def is_torch_optim(target: str | None) -> bool:
+def is_torch_optim(target: object) -> bool:
     """Whether a dotted path names an optimizer that ships in ``torch.optim``."""
-    return target is not None and _TORCH_OPTIM.fullmatch(target) is not None
+    return isinstance(target, str) and _TORCH_OPTIM.fullmatch(target) is not None
 
 
 def guess(name: str) -> str | None:

@@ -98,7 +98,7 @@ class App:
             env=ENVIRONMENT | (env or {}),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=120,
             check=False,
             **options,
         )
@@ -136,3 +136,12 @@ def compose(tmp_path):
 def decide(compose):
     """The decision that the Compose API records for a config with the policy on."""
     return lambda config, *overrides: compose(config, "+precision_policy=on", *overrides).precision_policy.decision
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The demo's checkpoint, pretrained for a few steps."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    script = Path(__file__).parent.parent / "examples/finetune/make_checkpoint.py"
+    subprocess.run([sys.executable, str(script), str(folder), "20"], check=True, env=ENVIRONMENT, capture_output=True)
+    return folder

@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python, make and git: `make demo` and `make test`.
+PYTHON ?= python3
+PIP = -m pip install -q -c constraints.txt
+JOBS ?= 2
+
+.PHONY: test demo bench nightly clean
+
+test: .venv/ready .venv-1.4/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	@echo "== Hydra 1.3.8 =="
+	.venv/bin/pytest -n $(JOBS)
+	@echo "== Hydra 1.4.0rc3 =="
+	.venv-1.4/bin/pytest -n $(JOBS) -m "not once"
+
+demo: .venv/ready
+	cd examples/finetune && ../../.venv/bin/python demo.py $(CURDIR)/.demo
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/startup.py
+	.venv/bin/python benchmarks/overhead.py
+	.venv/bin/python benchmarks/estimate.py
+
+nightly: .venv/ready
+	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest tests/test_any_config.py
+
+clean:
+	rm -rf .venv .venv-1.4 .demo build dist *.egg-info
+
+# torch first, pinned: an unpinned one, or another package's wish for a newer one, is gigabytes of CUDA.
+.venv/ready: pyproject.toml constraints.txt requirements/dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) torch==2.13.0
+	.venv/bin/python $(PIP) hydra-core==1.3.8 -r requirements/dev.txt
+	.venv/bin/python $(PIP) -e .
+	touch $@
+
+.venv-1.4/ready: pyproject.toml constraints.txt requirements/dev.txt
+	$(PYTHON) -m venv .venv-1.4
+	.venv-1.4/bin/python $(PIP) torch==2.13.0
+	.venv-1.4/bin/python $(PIP) hydra-core==1.4.0rc3 -r requirements/dev.txt
+	.venv-1.4/bin/python $(PIP) -e .
+	touch $@

@@ -1,0 +1,153 @@
+"""The same decision, seen in every way in which Hydra runs a job."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import CONFIG, ENVIRONMENT
+
+LINE = (
+    "INFO model.torch_dtype: auto -> float32: "
+    "torch.optim.AdamW keeps no fp32 master copy (keep bf16: model.torch_dtype=bfloat16)"
+)
+
+
+def test_run(app):
+    """A plain run: the job's config, the saved config and one log line."""
+    train = app()
+    run = train("+precision_policy=on")
+    assert run.config["model"] == {"torch_dtype": "float32"}
+    assert yaml.safe_load((train.folder / "out/.hydra/config.yaml").read_text()) == run.config
+    assert run.log == LINE
+    assert LINE[5:] in (train.folder / "out/app.log").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_sweep(app, launcher):
+    """Every job of a sweep, in this process and in a launcher's worker; ``once`` is once per job."""
+    train = app()
+    override = [] if launcher == "basic" else [f"hydra/launcher={launcher}"]
+    if launcher == "joblib":
+        override.append("hydra.launcher.n_jobs=2")
+    train("--multirun", "+precision_policy=on,warn,off", "model.torch_dtype=auto,bfloat16", *override)
+    logs = [(train.folder / f"sweep/{job}/app.log") for job in range(6)]
+    jobs = [yaml.safe_load((train.folder / f"sweep/{job}/.hydra/config.yaml").read_text()) for job in range(6)]
+    assert [job["model"]["torch_dtype"] for job in jobs] == ["float32", "bfloat16", "auto", "bfloat16", "auto", "bfloat16"]
+    rules = [(job["precision_policy"]["decision"] or {}).get("rule") for job in jobs]
+    assert rules == ["set", "explicit_dtype", "warn_only", "explicit_dtype", None, None]
+    texts = [log.read_text() if log.exists() else "" for log in logs]
+    assert [text.count("[precision_policy][INFO]") for text in texts] == [1, 1, 1, 1, 0, 0]
+    assert [text.count("[precision_policy][WARNING]") for text in texts] == [0, 1, 1, 1, 0, 0]
+
+
+def test_cfg_job(app):
+    """``--cfg job`` shows what the job would get, and its package reads well as it stands."""
+    train = app()
+    shown = yaml.safe_load(train("+precision_policy=on", "--cfg", "job").out)
+    assert shown == train("+precision_policy=on").config
+    text = train("+precision_policy=on", "--cfg", "job", "--package", "precision_policy").out
+    assert "rule: set" in text
+    assert "keep bf16: model.torch_dtype=bfloat16" in text
+
+
+def test_compose_api(app):
+    """``hydra.compose`` gives the same config."""
+    code = (
+        "import json\nfrom hydra import compose, initialize\nfrom omegaconf import OmegaConf\n"
+        "with initialize(version_base='1.3', config_path='conf'):\n"
+        "    print('CONFIG ' + json.dumps(OmegaConf.to_container(compose('config', ['+precision_policy=on']))))\n"
+    )
+    assert app(code=code)().config == app(folder="run")("+precision_policy=on").config
+
+
+def test_defaults_list(app):
+    """The option in the application's own defaults list, and the opt-outs."""
+    train = app('defaults:\n  - precision_policy: "on"\n  - _self_\n' + CONFIG)
+    assert train().log == LINE
+    assert train("precision_policy=off").log == ""
+    assert train("~precision_policy").config["model"] == {"torch_dtype": "auto"}
+    assert train("precision_policy.enabled=false").log == ""
+
+
+def test_in_an_experiment_file(app):
+    """The option selected by another config group's file."""
+    train = app("defaults:\n  - experiment: null\n  - _self_\n" + CONFIG)
+    train.write("conf/experiment/full.yaml", '# @package _global_\ndefaults:\n  - /precision_policy: "on"\n')
+    assert train("experiment=full").log == LINE
+
+
+def test_applications_own_option(app):
+    """An application may ship options of its own; they extend ours."""
+    train = app("defaults:\n  - _self_\n" + CONFIG)
+    option = '# @package _global_\ndefaults:\n  - "on"\nprecision_policy:\n  bf16_adam: ignore\n'
+    train.write("conf/precision_policy/ours.yaml", option)
+    run = train("+precision_policy=ours", "model.torch_dtype=bfloat16")
+    assert run.config["precision_policy"]["bf16_adam"] == "ignore"
+    assert "WARNING" not in run.log
+
+
+def test_off_is_byte_identical(app, tmp_path):
+    """Without the option, config and log are those of an environment in which the package is not installed."""
+    without = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.startswith(('precision_policy', 'hydra_plugins.hydra_precision_policy')):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+    )
+    from conftest import TRAIN
+
+    with_it, without_it = app(folder="with"), app(code=without + TRAIN, folder="without")
+    runs = [one() for one in (with_it, without_it)]
+    assert runs[0].out == runs[1].out
+    configs = [(one.folder / "out/.hydra/config.yaml").read_bytes() for one in (with_it, without_it)]
+    assert configs[0] == configs[1]
+    # The other side really runs without it: there the option is a key like any other.
+    assert without_it("+precision_policy=on").config["precision_policy"] == "on"
+
+
+def test_hydra_that_this_version_does_not_know(app):
+    """If composition is not where it was, the job stops with an error that says so."""
+    from conftest import TRAIN
+
+    break_it = (
+        "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C\n"
+        "import precision_policy.hydra_hook as hook\n"
+        "hook.install = lambda: None\n"
+    )
+    run = app(code=break_it + TRAIN)("+precision_policy=on", status=1)
+    assert "does not know this version of Hydra" in run.err
+    assert "CONFIG" not in run.out
+
+
+@pytest.mark.parametrize("rule", ["no_model", "no_optimizer", "peft", "not_torch_optim", "explicit_dtype"])
+def test_every_rule_logs_a_line(app, rule):
+    """Not only ``set`` is said."""
+    arguments = {
+        "no_model": ["~model"],
+        "no_optimizer": ["~optimizer"],
+        "peft": ["+peft=true"],
+        "not_torch_optim": ["optimizer._target_=optimi.AdamW"],
+        "explicit_dtype": ["model.torch_dtype=float32"],
+    }[rule]
+    code = (
+        "import hydra\n@hydra.main(version_base='1.3', config_path='conf', config_name='config')\ndef main(cfg): ...\nmain()\n"
+    )
+    assert f"INFO nothing set ({rule}): " in app(code=code)("+precision_policy=on", *arguments).log
+
+
+def test_python_m(app):
+    """An application that is a module of a package."""
+    from conftest import TRAIN
+
+    train = app()
+    train.write("package/__init__.py", "")
+    train.write("package/train.py", TRAIN)
+    train.write("package/conf/__init__.py", "")
+    train.write("package/conf/config.yaml", CONFIG)
+    command = [sys.executable, "-m", "package.train", "+precision_policy=on", "hydra.run.dir=out"]
+    finished = subprocess.run(command, cwd=train.folder, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert LINE[5:] in finished.stdout
