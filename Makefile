@@ -14,8 +14,8 @@ test: .venv/ready .venv-1.4/ready
 	@echo "== Hydra 1.4.0rc3 =="
 	.venv-1.4/bin/pytest -n $(JOBS) -m "not once"
 
-demo: .venv/ready
-	cd examples/finetune && ../../.venv/bin/python demo.py $(CURDIR)/.demo
+demo: .venv-demo/ready
+	cd examples/finetune && ../../.venv-demo/bin/python demo.py $(CURDIR)/.demo
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/startup.py
@@ -26,7 +26,7 @@ nightly: .venv/ready
 	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest tests/test_any_config.py
 
 clean:
-	rm -rf .venv .venv-1.4 .demo build dist *.egg-info
+	rm -rf .venv .venv-1.4 .venv-demo .demo build dist *.egg-info
 
 # torch first, pinned: an unpinned one, or another package's wish for a newer one, is gigabytes of CUDA.
 .venv/ready: pyproject.toml constraints.txt requirements/dev.txt
@@ -41,4 +41,10 @@ clean:
 	.venv-1.4/bin/python $(PIP) torch==2.13.0
 	.venv-1.4/bin/python $(PIP) hydra-core==1.4.0rc3 -r requirements/dev.txt
 	.venv-1.4/bin/python $(PIP) -e .
+	touch $@
+
+.venv-demo/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python $(PIP) torch==2.13.0
+	.venv-demo/bin/python $(PIP) hydra-core==1.3.8 transformers numpy .
 	touch $@

@@ -1,6 +1,6 @@
 """The estimate's time and memory, as ratios to reading the same bytes once and to cloning and comparing the parameters.
 
-    python benchmarks/estimate.py [--elements 100000000] [--out FILE]
+python benchmarks/estimate.py [--elements 100000000] [--out FILE]
 """
 
 import argparse
@@ -62,11 +62,15 @@ def main() -> None:
         median, spread = seconds(work, on_gpu)
         rows.append({"way": name, "seconds": median, "spread": spread, "extra bytes": extra})
     read = rows[0]["seconds"]
-    print(f"{given.elements:,} bf16 elements on {torch.cuda.get_device_name() if on_gpu else 'the CPU'}, torch {torch.__version__}")
+    print(
+        f"{given.elements:,} bf16 elements on {torch.cuda.get_device_name() if on_gpu else 'the CPU'}, torch {torch.__version__}"
+    )
     for row in rows:
         row["ratio to reading"] = row["seconds"] / read
         memory = f"{row['extra bytes'] / (2 * given.elements):.1%} of the weights" if on_gpu else "-"
-        print(f"{row['way']:<20}{1e3 * row['seconds']:>10.3f} ms +- {1e3 * row['spread']:<8.3f}{row['ratio to reading']:>8.2f} x  extra memory {memory}")
+        print(
+            f"{row['way']:<20}{1e3 * row['seconds']:>10.3f} ms +- {1e3 * row['spread']:<8.3f}{row['ratio to reading']:>8.2f} x  extra memory {memory}"
+        )
     if given.out:
         with given.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

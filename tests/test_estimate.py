@@ -95,9 +95,7 @@ def test_first_step_on_real_weights(way, checkpoint):
         total = sum(h.seen for h in expected)
         estimated = sum(h.lost(lr) * h.seen for h in expected) / total
         torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **way).step()
-        same = sum(
-            int(((p == b) & m).sum()) for p, b, m in zip(model.parameters(), before, moved, strict=True)
-        )
+        same = sum(int(((p == b) & m).sum()) for p, b, m in zip(model.parameters(), before, moved, strict=True))
         assert estimated == pytest.approx(same / total, abs=0.005)
         assert group.histogram.seen == sum(b.numel() for b in before)
 
@@ -127,7 +125,13 @@ def test_sampling_is_even_and_said():
 def test_layouts_without_copies():
     """Transposed, sliced and channels-last parameters are counted whole."""
     base = (torch.randn(4, 6, 8, 10) * 0.02).to(torch.bfloat16)
-    for view in (base.transpose(0, 2), base.to(memory_format=torch.channels_last), base[:, ::2], base[..., 3], base[:, :, 1:5, 2:7]):
+    for view in (
+        base.transpose(0, 2),
+        base.to(memory_format=torch.channels_last),
+        base[:, ::2],
+        base[..., 3],
+        base[:, :, 1:5, 2:7],
+    ):
         counted, unread = histogram([view], torch.bfloat16)
         assert counted.counts == histogram([view.contiguous()], torch.bfloat16)[0].counts
         assert unread == 0

@@ -80,7 +80,13 @@ def rule(compose, optimizer, *overrides):
 
 @pytest.mark.parametrize(
     "place",
-    ["training.optimizer", "method.optimizer", "model.optimizer", "lightning_module.optimizer_partial", "trainer.optim.optimizer"],
+    [
+        "training.optimizer",
+        "method.optimizer",
+        "model.optimizer",
+        "lightning_module.optimizer_partial",
+        "trainer.optim.optimizer",
+    ],
 )
 def test_placings_of_the_optimizer(compose, place):
     """Every placing that the survey lists, from the command line and from the application's own config."""

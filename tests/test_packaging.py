@@ -47,12 +47,17 @@ def test_install(form, built, tmp_path):
     # torch and Hydra come from the environment that runs the tests, by a .pth file: installing them takes minutes. The
     # package itself is installed for real, and found before the one that is installed there.
     site = subprocess.run(
-        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     mine = next((tmp_path / "venv/lib").glob("python*/site-packages"))
     what = ["-e", str(ROOT)] if form == "editable" else [str(built[form])]
     subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", *what], check=True, timeout=300)
-    links = [p for p in Path(site).iterdir() if "precision_policy" not in p.name and p.suffix != ".pth" and p.name != "hydra_plugins"]
+    links = [
+        p for p in Path(site).iterdir() if "precision_policy" not in p.name and p.suffix != ".pth" and p.name != "hydra_plugins"
+    ]
     for path in links:
         if not (mine / path.name).exists():
             (mine / path.name).symlink_to(path)

@@ -29,11 +29,21 @@ def bf16():
 
 def test_names():
     """Every name that a NeMo user may import."""
-    for name in (
-        "resolve_storage_dtype warn_if_torch_adam_with_bf16_params _get_cfg_attr _set_cfg_attr _is_rank_zero "
-        "_is_torch_adam_config _is_torch_adam_optimizer _is_torch_optim_config _iter_optimizer_params "
-        "_has_trainable_bf16_param _TORCH_ADAM_TARGETS _WARNED_CONTEXTS _DTYPE_RESOLVED_CONTEXTS"
-    ).split():
+    for name in [
+        "resolve_storage_dtype",
+        "warn_if_torch_adam_with_bf16_params",
+        "_get_cfg_attr",
+        "_set_cfg_attr",
+        "_is_rank_zero",
+        "_is_torch_adam_config",
+        "_is_torch_adam_optimizer",
+        "_is_torch_optim_config",
+        "_iter_optimizer_params",
+        "_has_trainable_bf16_param",
+        "_TORCH_ADAM_TARGETS",
+        "_WARNED_CONTEXTS",
+        "_DTYPE_RESOLVED_CONTEXTS",
+    ]:
         assert hasattr(module, name), name
     assert set(module._TORCH_ADAM_TARGETS) == {
         "torch.optim.Adam",

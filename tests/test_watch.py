@@ -264,7 +264,9 @@ def test_job_that_insists_on_bf16(app):
     run = app()("+precision_policy=on", "model.torch_dtype=bfloat16")
     assert "fix: model.torch_dtype=float32" in run.out
     assert run.out.count("[precision_policy][WARNING]") == 1
-    run = app(CONFIG.replace("torch_dtype: auto", "name: x"), folder="plus")("+precision_policy=on", "+model.torch_dtype=bfloat16")
+    run = app(CONFIG.replace("torch_dtype: auto", "name: x"), folder="plus")(
+        "+precision_policy=on", "+model.torch_dtype=bfloat16"
+    )
     assert "fix: +model.torch_dtype=float32" in run.out
 
 

@@ -1,0 +1,119 @@
+"""What the policy costs once it is on: composition, constructing an optimizer, a training step. Ratios within one run.
+
+python benchmarks/overhead.py
+"""
+
+import gc
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from precision_policy.monitor import Monitor
+from precision_policy.precision_warnings import _WARNED_CONTEXTS, warn_if_torch_adam_with_bf16_params
+from precision_policy.report import Asked
+from precision_policy.watch import Watch
+
+CONFIG = """
+model: {_target_: transformers.AutoModelForCausalLM.from_pretrained, torch_dtype: auto}
+optimizer: {_target_: torch.optim.AdamW, lr: 1.0e-5}
+data: {path: /data, batch: 8, workers: 4}
+trainer: {steps: 1000, precision: bf16-mixed}
+"""
+
+
+def ratio(name: str, base, other, repeats: int = 101, inner: int = 1) -> None:
+    """Print the median of paired ratios, the order swapped each time, and its spread."""
+    for work in (base, other):
+        work()
+    ratios = []
+    gc.collect()
+    gc.disable()
+    for number in range(repeats):
+        times = {}
+        for work in (base, other) if number % 2 else (other, base):
+            begun = time.perf_counter()
+            for _ in range(inner):
+                work()
+            times[work] = time.perf_counter() - begun
+        ratios.append(times[other] / times[base])
+    gc.enable()
+    quarters = statistics.quantiles(ratios, n=4)
+    print(f"{name:<64}{statistics.median(ratios):>8.3f}  (quartiles {quarters[0]:.3f} to {quarters[2]:.3f})", flush=True)
+
+
+def composition() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.yaml").write_text(CONFIG)
+        (folder / "nothing").mkdir()
+        (folder / "nothing/empty.yaml").write_text("")
+        with initialize_config_dir(version_base="1.3", config_dir=name):
+            empty = lambda: compose("config", ["+nothing=empty"], return_hydra_config=True)
+            for option in ("on", "off"):
+                on = lambda option=option: compose("config", [f"+precision_policy={option}"], return_hydra_config=True)
+                ratio(f"composition with precision_policy={option}, to an empty group", empty, on)
+
+
+def construction() -> None:
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(10_000)]
+    make = lambda: torch.optim.AdamW(params, lr=1e-5)
+
+    def armed():
+        watch.arm()
+        try:
+            make()
+        finally:
+            watch.disarm()
+
+    def by_hand():
+        _WARNED_CONTEXTS.clear()
+        warn_if_torch_adam_with_bf16_params(make())
+
+    watch = Watch(Asked("model.torch_dtype=float32"))
+    ratio("constructing AdamW over 10,000 parameters, armed", make, armed)
+    ratio("the same with the check called by hand", make, by_hand)
+
+
+def steps() -> None:
+    def optimizer():
+        params = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(50)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        return torch.optim.AdamW(params, lr=1e-5)
+
+    plain = optimizer()
+    watch = Watch(Asked("model.torch_dtype=float32"))
+    watch.arm()
+    watched = optimizer()
+    watched.step()  # the look before the first step, which removes itself
+    ratio("step, armed, monitor off", plain.step, watched.step, inner=20)
+    hooks = len(watched._optimizer_step_pre_hooks) + len(watched._optimizer_step_post_hooks)
+    print(f"{'hooks left on the optimizer after its first step':<64}{hooks:>8}")
+    watch.disarm()
+    monitored = optimizer()
+    monitor = Monitor(100)
+
+    def with_monitor():
+        monitor.start()
+        for _ in range(100):
+            monitored.step()
+        monitor.stop()
+
+    def without():
+        for _ in range(100):
+            plain.step()
+
+    ratio("step, monitor.every=100", without, with_monitor, repeats=21)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    composition()
+    construction()
+    steps()

@@ -1,0 +1,94 @@
+"""Draw the pictures of docs/evidence.md from the files in docs/evidence.
+
+python benchmarks/plots.py
+"""
+
+import csv
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+HERE = Path(__file__).parent.parent / "docs/evidence"
+# Okabe and Ito's palette for the colour-blind; a grey that reads on white and on black, and no background.
+COLOURS = {"bf16 storage": "#D55E00", "fp32 storage": "#0072B2", "bf16 + Kahan": "#009E73"}
+MARKERS = {"bf16 storage": "o", "fp32 storage": "s", "bf16 + Kahan": "^"}
+GREY = "#808080"
+pyplot.rcParams.update(
+    {
+        "text.color": GREY,
+        "axes.labelcolor": GREY,
+        "axes.edgecolor": GREY,
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "font.size": 11,
+    }
+)
+
+
+def read() -> dict[tuple[str, float], list[dict[str, str]]]:
+    rows = defaultdict(list)
+    with (HERE / "finetune.csv").open() as file:
+        for row in csv.DictReader(file):
+            rows[row["way"], float(row["lr"])].append(row)
+    return rows
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(HERE / name, dpi=150, transparent=True)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    rows = read()
+    ways = list(dict.fromkeys(way for way, _ in rows))
+    rates = sorted({lr for _, lr in rows})
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for way in ways:
+        losses = [[float(row["loss after"]) for row in rows[way, lr]] for lr in rates]
+        means = [statistics.mean(one) for one in losses]
+        errors = [
+            [m - min(one) for m, one in zip(means, losses, strict=True)],
+            [max(one) - m for m, one in zip(means, losses, strict=True)],
+        ]
+        axes.errorbar(rates, means, errors, color=COLOURS[way], marker=MARKERS[way], label=way, linewidth=2, capsize=3)
+    before = float(rows[ways[0], rates[0]][0]["loss before"])
+    axes.axhline(before, color=GREY, linestyle=":", label="before fine-tuning")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss after 300 steps")
+    axes.grid(alpha=0.3)
+    axes.legend(framealpha=0)
+    save(figure, "loss.png")
+
+    figure, axes = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
+    for way, filled in (("bf16 storage", True), ("bf16 + Kahan", False)):
+        for moment, marker in (("first", "o"), ("middle", "D"), ("last", "s")):
+            x = [100 * float(row[f"predicted {moment}"]) for lr in rates for row in rows[way, lr]]
+            y = [100 * float(row[f"seen {moment}"]) for lr in rates for row in rows[way, lr]]
+            face = COLOURS[way] if filled else "none"
+            axes.scatter(x, y, marker=marker, facecolor=face, edgecolor=COLOURS[way], label=f"{way}, {moment} step")
+    axes.plot([0, 100], [0, 100], color=GREY, linestyle=":")
+    axes.set(xlabel="predicted to stay, % of weights", ylabel="seen to stay, % of weights")
+    axes.grid(alpha=0.3)
+    axes.legend(framealpha=0, fontsize=8)
+    save(figure, "shares.png")
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    measures = (("peak memory", "peak bytes"), ("steady memory", "steady bytes"), ("throughput", "tokens/s"))
+    base = {key: statistics.mean(float(row[key]) for lr in rates for row in rows["bf16 storage", lr]) for _, key in measures}
+    for index, way in enumerate(ways):
+        values = [statistics.mean(float(row[key]) for lr in rates for row in rows[way, lr]) / base[key] for _, key in measures]
+        bars = axes.bar([x + 0.26 * (index - 1) for x in range(3)], values, 0.24, color=COLOURS[way], label=way)
+        axes.bar_label(bars, fmt="%.2f", fontsize=9, color=GREY)
+    axes.set_xticks(range(3), [name for name, _ in measures])
+    axes.set(ylabel="ratio to bf16 storage")
+    axes.legend(framealpha=0)
+    save(figure, "cost.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What discovery costs every Hydra application: import time as Hydra reports it, and start-up with and without the plugin.
+
+    python benchmarks/startup.py
+
+Makes two environments, with the wheel and without it, alike otherwise. All of one run; ratios are what counts.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+IMPORTS = """
+import json, hydra
+from hydra.core.plugins import Plugins
+print(json.dumps(Plugins.instance().get_stats().modules_import_time))
+"""
+APP = """
+import hydra
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg): ...
+main()
+"""
+PLUGINS = {
+    "this plugin": "hydra_plugins.hydra_precision_policy",
+    "colorlog": "hydra_plugins.hydra_colorlog",
+    "joblib launcher": "hydra_plugins.hydra_joblib_launcher",
+    "submitit launcher": "hydra_plugins.hydra_submitit_launcher",
+}
+
+
+def environment(folder: Path, *packages: str) -> Path:
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin/python"
+    pip = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
+    plugins = ["hydra-colorlog", "hydra-joblib-launcher", "hydra-submitit-launcher"]
+    subprocess.run([*pip, "hydra-core==1.3.8", *plugins], check=True)
+    for package in packages:  # without torch: discovery and an application without the policy need none
+        subprocess.run([*pip, "--no-deps", package], check=True)
+    return python
+
+
+def start(python: Path, script: Path) -> float:
+    begun = time.perf_counter()
+    subprocess.run([str(python), str(script), "hydra.run.dir=out"], check=True, cwd=script.parent, capture_output=True)
+    return time.perf_counter() - begun
+
+
+def spread(values: list[float]) -> str:
+    quarters = statistics.quantiles(values, n=4)
+    return f"{statistics.median(values):.4g} (quartiles {quarters[0]:.4g} to {quarters[2]:.4g})"
+
+
+def main() -> None:
+    repeats = int(os.environ.get("REPEATS", "60"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with_it = environment(folder / "with", str(ROOT))
+        without = environment(folder / "without")
+        times: dict[str, list[float]] = {plugin: [] for plugin in PLUGINS}
+        for _ in range(repeats // 2):
+            out = subprocess.run([str(with_it), "-c", IMPORTS], check=True, capture_output=True, text=True).stdout
+            stats = json.loads(out)
+            for plugin, prefix in PLUGINS.items():
+                times[plugin].append(1e3 * sum(t for module, t in stats.items() if module.startswith(prefix)))
+        print("import time as Hydra reports it, ms")
+        joblib = statistics.median(times["joblib launcher"])
+        for plugin, values in times.items():
+            print(f"  {plugin:<20}{spread(values):<44} {statistics.median(values) / joblib:.2f} x the joblib launcher's")
+        script = folder / "app.py"
+        script.write_text(APP)
+        for python in (with_it, without):
+            start(python, script)
+        # Alternating, and the order swapped each time: the machine's own drift falls on both alike.
+        ratios = []
+        for number in range(repeats):
+            first, second = (with_it, without) if number % 2 else (without, with_it)
+            seconds = {first: start(first, script)} | {second: start(second, script)}
+            ratios.append(seconds[with_it] / seconds[without])
+        print(f"start-up of an application with the plugin installed, as a ratio to without: {spread(ratios)}")
+
+
+if __name__ == "__main__":
+    main()
