@@ -9,7 +9,6 @@ Should a future Hydra move it, ``job.py`` finds no decision in the job's config 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 _NODE = "precision_policy"
 _MARK = "_precision_policy_wrap"
@@ -45,13 +44,7 @@ def _wrap(kind: type, name: str, around: Callable[..., Any]) -> None:
 
 def _load(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
     """Compose as Hydra does, then let the policy decide."""
-    try:
-        cfg = original(self, *args, **kwargs)
-    except ConfigCompositionException as error:
-        explanation = _unknown_setting(str(error))
-        if explanation is None:
-            raise
-        raise ConfigCompositionException(explanation) from error
+    cfg = original(self, *args, **kwargs)
     # A sweep's own composition is nobody's job: its jobs are composed one by one, with their overrides.
     if _NODE in cfg and kwargs.get("run_mode") is not RunMode.MULTIRUN:
         _decide(cfg)
@@ -68,8 +61,8 @@ def _decide(cfg: DictConfig) -> None:
             f"{_NODE}={node}: the policy is an option of a config group, and as a plain key it does nothing.\n"
             f'Write +{_NODE}=on on the command line, or - {_NODE}: "on", quoted, in a defaults list.'
         )
-    if not (isinstance(node, DictConfig) and "enabled" in node and "decision" in node):
-        return  # settings that wait for the policy to be switched on, or a node of the application's own
+    if not _is_ours(node):
+        return
     try:
         apply(cfg, list(cfg.hydra.overrides.task))
     except SettingError as error:
@@ -77,19 +70,31 @@ def _decide(cfg: DictConfig) -> None:
 
 
 def _merge(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-    """Merge the defaults list as Hydra does; where a typed root refuses our node, merge that one into the opened root."""
+    """Merge the defaults list as Hydra does, into a typed root too, and open the policy's node for overrides.
+
+    The options hold no placeholders for the settings that they leave alone, so that they neither cost time nor override what
+    the application's config says. Hydra would refuse to set an absent key; ``settings.py`` refuses unknown ones instead.
+    """
     try:
-        return original(self, *args, **kwargs)
+        cfg = original(self, *args, **kwargs)
     except ConfigCompositionException as error:
         refused = f"Key '{_NODE}' not in" in str(error) or "read-only" in str(error)
         if not refused or set(kwargs) != {"defaults", "repo"}:
             raise
-    ours = [default for default in kwargs["defaults"] if str(default.config_path).startswith(f"{_NODE}/")]
-    others = [default for default in kwargs["defaults"] if default not in ours]
-    cfg = original(self, defaults=others, repo=kwargs["repo"])
+        cfg = _merge_into_typed_root(original, self, **kwargs)
+    if _NODE in cfg and _is_ours(cfg[_NODE]):
+        OmegaConf.set_struct(cfg[_NODE], False)
+    return cfg
+
+
+def _merge_into_typed_root(
+    original: Callable[..., DictConfig], self: ConfigLoaderImpl, *, defaults: list[Any], repo: Any
+) -> DictConfig:
+    ours = [default for default in defaults if str(default.config_path).startswith(f"{_NODE}/")]
+    cfg = original(self, defaults=[default for default in defaults if default not in ours], repo=repo)
     with flag_override(cfg, ["struct", "readonly"], [False, False]):
         for default in ours:
-            cfg.merge_with(self._load_single_config(default=default, repo=kwargs["repo"]).config)
+            cfg.merge_with(self._load_single_config(default=default, repo=repo).config)
     return cfg
 
 
@@ -105,14 +110,9 @@ def _job_start(original: Callable[..., None], self: Callbacks, config: DictConfi
 
 def _is_on(cfg: DictConfig) -> bool:
     node = cfg.get(_NODE)
-    return isinstance(node, DictConfig) and "decision" in node and bool(node.get("enabled"))
+    return _is_ours(node) and bool(node.enabled)
 
 
-def _unknown_setting(message: str) -> str | None:
-    """Hydra's advice for a key that is not there is to add it with a +; for a setting that does not exist that is wrong."""
-    from precision_policy.settings import NAMES, unknown
-
-    match = re.search(rf"Could not override '{_NODE}\.(\w+)[^']*'\..*?=(.*)", message, re.DOTALL)
-    if match is None or match[1] in NAMES:
-        return None
-    return str(unknown(match[1], match[2].splitlines()[0]))
+def _is_ours(node: Any) -> bool:
+    """Whether this is the node of a chosen option, not settings that wait for one or something of the application's own."""
+    return isinstance(node, DictConfig) and "enabled" in node and "decision" in node
