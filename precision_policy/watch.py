@@ -117,12 +117,16 @@ class Watch:
 
 
 def _may_hold_low_precision(optimizer: Optimizer) -> bool:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(params) > _AT_CONSTRUCTION:
-        # Two strides without a common factor: layers repeat, and one stride alone could meet nothing but their biases.
-        stride = 2 * len(params) // _AT_CONSTRUCTION
-        params = params[::stride] + params[1 :: stride + 1]
-    return 2 in map(torch.Tensor.element_size, params)  # cheaper than dtype, which has to ask for overrides
+    # element_size is cheaper than dtype, which has to ask whether the tensor overrides it.
+    return any(2 in map(torch.Tensor.element_size, _some(group["params"])) for group in optimizer.param_groups)
+
+
+def _some(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    if len(params) <= _AT_CONSTRUCTION:
+        return params
+    # Two strides without a common factor: layers repeat, and one stride alone could meet nothing but their biases.
+    stride = 2 * len(params) // _AT_CONSTRUCTION
+    return params[::stride] + params[1 :: stride + 1]
 
 
 def _before_first_step(optimizer: Optimizer, look: Callable[[Optimizer], None]) -> None:

@@ -1,0 +1,75 @@
+"""``python -m precision_policy`` on checkpoints good and bad."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ENVIRONMENT
+from safetensors.torch import save_file
+
+from precision_policy.__main__ import main
+
+pytestmark = pytest.mark.once
+
+
+def test_table(checkpoint):
+    """As a user runs it: a table by kind, one column per learning rate."""
+    command = [sys.executable, "-m", "precision_policy", str(checkpoint), "--lr", "1e-5"]
+    out = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    assert "lr 1e-05" in out
+    for kind in ("attention (bf16)", "embedding (bf16)", "feed-forward (bf16)", "1-dimensional (bf16)", "all (bf16)"):
+        assert kind in out
+
+
+def test_plot(checkpoint, tmp_path):
+    assert main([str(checkpoint), "--plot", str(tmp_path / "lost.png")]) == 0
+    assert (tmp_path / "lost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_that_cannot_be_written(checkpoint, tmp_path, capsys):
+    assert main([str(checkpoint), "--plot", str(tmp_path / "no/such/folder.png")]) == 1
+    assert "--plot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "safetensors"])
+def test_extras_that_are_missing(checkpoint, missing, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main([str(checkpoint), "--plot", str(tmp_path / "x.png")]) == 1
+    assert f"pip install {missing}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 100])
+def test_broken_files(tmp_path, content, capsys):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert main([str(tmp_path)]) == 1
+    assert "model.safetensors: not a readable safetensors file" in capsys.readouterr().err
+
+
+def test_truncated_file(tmp_path, capsys):
+    save_file({"w": torch.ones(1000, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    assert main([str(tmp_path)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nothing_there(tmp_path, capsys):
+    assert main([str(tmp_path / "no")]) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1
+    assert "no *.safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tensors", [{"w": torch.ones(4)}, {}, {"w": torch.ones(4, dtype=torch.int64)}])
+def test_nothing_in_16_bits(tmp_path, tensors, capsys):
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert main([str(tmp_path)]) == 0
+    assert "no bf16 or fp16 weights" in capsys.readouterr().out
+
+
+def test_wrong_learning_rate(checkpoint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(checkpoint), "--lr", "-1"])
+    assert stopped.value.code == 2
+    assert "not a positive number" in capsys.readouterr().err
