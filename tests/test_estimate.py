@@ -179,3 +179,20 @@ def test_cuda_kernel(dtype, size, offset):
     assert on_gpu.seen == on_cpu.seen
     for power in range(-30, 0):
         assert on_gpu.lost(2.0**power) == on_cpu.lost(2.0**power)
+
+
+def test_dtensor_is_read_locally(tmp_path):
+    """A sharded parameter is counted by this process's shard, without waiting for the others."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        weights = (torch.randn(64, 64) * 0.02).to(torch.bfloat16)
+        param = torch.nn.Parameter(distribute_tensor(weights, mesh, [Shard(0)]))
+        (group,) = lost_updates([{"params": [param], "lr": 1e-5}])
+        assert (group.unread, group.histogram.seen) == (0, 64 * 64)
+        assert group.lost == histogram([weights], torch.bfloat16)[0].lost(1e-5)
+    finally:
+        dist.destroy_process_group()
