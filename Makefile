@@ -29,18 +29,13 @@ clean:
 	rm -rf .venv .venv-1.4 .venv-demo .demo build dist *.egg-info
 
 # torch first, pinned: an unpinned one, or another package's wish for a newer one, is gigabytes of CUDA.
-.venv/ready: pyproject.toml constraints.txt requirements/dev.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) torch==2.13.0
-	.venv/bin/python $(PIP) hydra-core==1.3.8 -r requirements/dev.txt
-	.venv/bin/python $(PIP) -e .
-	touch $@
-
-.venv-1.4/ready: pyproject.toml constraints.txt requirements/dev.txt
-	$(PYTHON) -m venv .venv-1.4
-	.venv-1.4/bin/python $(PIP) torch==2.13.0
-	.venv-1.4/bin/python $(PIP) hydra-core==1.4.0rc3 -r requirements/dev.txt
-	.venv-1.4/bin/python $(PIP) -e .
+.venv/ready: HYDRA = 1.3.8
+.venv-1.4/ready: HYDRA = 1.4.0rc3
+.venv/ready .venv-1.4/ready: pyproject.toml constraints.txt requirements/dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) torch==2.13.0
+	$(@D)/bin/python $(PIP) hydra-core==$(HYDRA) -r requirements/dev.txt
+	$(@D)/bin/python $(PIP) -e .
 	touch $@
 
 .venv-demo/ready: pyproject.toml constraints.txt

@@ -52,9 +52,6 @@ def _load(original: Callable[..., DictConfig], self: ConfigLoaderImpl, *args: An
 
 
 def _decide(cfg: DictConfig) -> None:
-    from precision_policy.policy import apply  # not at the top: applications without the policy never need it
-    from precision_policy.settings import SettingError
-
     node = cfg[_NODE]
     if node is True or node in ("on", "warn", "strict"):
         raise ConfigCompositionException(
@@ -63,6 +60,9 @@ def _decide(cfg: DictConfig) -> None:
         )
     if not _is_ours(node):
         return
+    from precision_policy.policy import apply  # not at the top: applications without the policy never need it
+    from precision_policy.settings import SettingError
+
     try:
         apply(cfg, list(cfg.hydra.overrides.task))
     except SettingError as error:

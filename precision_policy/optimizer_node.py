@@ -60,7 +60,7 @@ def find(value: Any) -> Found | None:
     if isinstance(value, str):
         return _by_name(value)
     if isinstance(value, ListConfig):
-        return _of_several([tree.item(value, index) for index in range(len(value))])
+        return _of_several([tree.value(value, index) for index in range(len(value))])
     if not isinstance(value, DictConfig):
         return None
     path = target(value)

@@ -41,14 +41,7 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
 def _given(node: DictConfig) -> dict[str, Any]:
     """What was set; ``???`` stands for a setting that was left alone."""
     given = {key: node[key] for key in tree.keys(node) if not tree.is_missing(node, key)}
-    return {
-        key: _given(value)
-        if isinstance(value, DictConfig)
-        else OmegaConf.to_container(value)
-        if OmegaConf.is_config(value)
-        else value
-        for key, value in given.items()
-    }
+    return {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in given.items()}
 
 
 def spelled(path: str, overrides: Sequence[str], there: bool) -> str:

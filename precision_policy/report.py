@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from precision_policy import estimate
 from precision_policy.optimizers import Known, name
 
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_INERT_DECAY = {torch.bfloat16: (9, 2.0**-9), torch.float16: (12, 2.0**-12)}
+_INERT = 2.0**-9  # of lr * weight_decay: half a bf16 step, relative to the largest weight of an exponent
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Low:
-    """The trainable 16-bit parameters of one group.
+    """The trainable bf16 parameters of one group.
 
     Attributes:
         group: the parameter group.
@@ -47,12 +46,12 @@ class Low:
     names: list[str]
 
 
-def low_precision(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> list[Low]:
-    """The groups that hold trainable parameters of a dtype, with those parameters."""
+def low_precision(optimizer: Optimizer) -> list[Low]:
+    """The groups that hold trainable bf16 parameters, with those parameters."""
     found = []
     for group in optimizer.param_groups:
         names = group.get("param_names") or [""] * len(group["params"])
-        mine = [(p, n) for p, n in zip(group["params"], names, strict=False) if p.dtype is dtype and p.requires_grad]
+        mine = [(p, n) for p, n in zip(group["params"], names, strict=False) if p.dtype is torch.bfloat16 and p.requires_grad]
         if mine:
             found.append(Low(group, [p for p, _ in mine], [n for _, n in mine if n]))
     return found
@@ -61,20 +60,19 @@ def low_precision(optimizer: Optimizer, dtype: torch.dtype = torch.bfloat16) -> 
 def warning(optimizer: Optimizer, known: Known, low: Sequence[Low], asked: Asked) -> str:
     """The warning, one log record of a few aligned lines; the first is short enough for a log viewer."""
     params = [p for one in low for p in one.params]
-    kind = _SHORT[params[0].dtype]
-    counted = f"{len(params):,} trainable tensors ({sum(whole(p) for p in params):,} elements) are stored in {kind}"
+    counted = f"{len(params):,} trainable tensors ({sum(whole(p) for p in params):,} elements) are stored in bf16"
     shares = _shares(low, asked.sample)
     total = next((row for row in shares if row.kind == "all"), None)
     if asked.fp32_by:
         every = sum(len(group["params"]) for group in optimizer.param_groups)
         names = [n for one in low for n in one.names][:3]
-        first = f"{asked.fp32_by} asked for fp32 storage, but {len(params):,} of {every:,} tensors came in {kind}"
+        first = f"{asked.fp32_by} asked for fp32 storage, but {len(params):,} of {every:,} tensors came in bf16"
         lines = [f"{name(optimizer)} got them{': ' + ', '.join(names) if names else ''}; {counted}"]
         fix = "something recast the model: look for .to(torch.bfloat16), .bfloat16() or a bf16-true precision setting"
     else:
         loses = f"{total.now:.1%} of updates round away at {total.label}" if total else "updates round away"
-        first = f"{name(optimizer)} over {kind} weights, no fp32 master copy: {loses}"
-        lines, fix = [counted], f"{asked.fix}  (compute may stay {kind}, by autocast)"
+        first = f"{name(optimizer)} over bf16 weights, no fp32 master copy: {loses}"
+        lines, fix = [counted], f"{asked.fix}  (compute may stay bf16, by autocast)"
     lines += _table(shares)
     lines += filter(None, [_decay(optimizer, low), _cost(known, low)])
     return "\n".join([first, *(f"  {line}" for line in lines), f"  fix: {fix}"])
@@ -130,7 +128,7 @@ def _shares(low: Sequence[Low], sample: int | None) -> list[_Row]:
         for one, rate in zip(low, rates, strict=True):
             params = [p for p in one.params if least <= p.dim() <= most]
             if params:
-                counted.append((estimate.histogram(params, params[0].dtype, step)[0], rate))
+                counted.append((estimate.histogram(params, torch.bfloat16, step)[0], rate))
         rows += _row(kind, label, counted)
     if not rows:
         return []
@@ -166,13 +164,12 @@ def _decay(optimizer: Optimizer, low: Sequence[Low]) -> str | None:
         rate, decay = estimate.as_float(one.group.get("lr")), estimate.as_float(one.group.get("weight_decay", 0.0))
         decoupled = one.group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
         if decoupled and decay > 0 and rate > 0:
-            inert.append(rate * decay < _INERT_DECAY[one.params[0].dtype][1])
+            inert.append(rate * decay < _INERT)
             largest = max(largest, rate * decay)
     if not inert:
         return None
-    power = _INERT_DECAY[low[0].params[0].dtype][0]
     if all(inert):
-        return f"weight decay is inert: lr * weight_decay = {largest:.0e} is under 2^-{power}"
+        return f"weight decay is inert: lr * weight_decay = {largest:.0e} is under 2^-9"
     return f"weight decay is inert in {sum(inert)} of {len(inert)} groups" if any(inert) else None
 
 

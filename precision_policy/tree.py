@@ -77,21 +77,11 @@ def pointer(node: DictConfig, key: str) -> str | None:
     return raw[2:-1] if raw.startswith("${") and raw.endswith("}") else raw
 
 
-def value(node: DictConfig, key: str) -> Any:
-    """The value at one key, its interpolation resolved; ``ABSENT`` for ``???`` and for what cannot be resolved now."""
+def value(node: DictConfig | ListConfig, key: str | int) -> Any:
+    """The value at one key or index, its interpolation resolved; ``ABSENT`` for ``???`` and what cannot be resolved now."""
     try:
-        if OmegaConf.is_missing(node, key):
-            return ABSENT
-        return node[key]
+        return ABSENT if OmegaConf.is_missing(node, key) else node[key]  # type: ignore[index]  # an index goes with a list
     except Exception:  # a resolver is the application's code: it may raise anything
-        return ABSENT
-
-
-def item(node: ListConfig, index: int) -> Any:
-    """The value at one index, its interpolation resolved; ``ABSENT`` for ``???`` and for what cannot be resolved now."""
-    try:
-        return ABSENT if OmegaConf.is_missing(node, index) else node[index]
-    except Exception:  # as above
         return ABSENT
 
 
@@ -118,16 +108,11 @@ def write(node: DictConfig, key: str, new: Any) -> None:
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     """Every mapping below (and with) ``node``, with its dotted path; interpolations are not followed."""
-    if isinstance(node, DictConfig):
-        if node._is_none() or node._is_missing() or node._is_interpolation():  # there is nothing in it to look at
-            return
-        yield path, node
-        children: Iterator[tuple[Any, Any]] = ((k, node._get_node(k)) for k in list(node))
-    elif isinstance(node, ListConfig):
-        if node._is_none() or node._is_missing() or node._is_interpolation():
-            return
-        children = ((i, node._get_node(i)) for i in range(len(node)))
-    else:
+    if not isinstance(node, (DictConfig, ListConfig)):
         return
-    for key, child in children:
-        yield from walk(child, f"{path}.{key}" if path else str(key))
+    if node._is_none() or node._is_missing() or node._is_interpolation():  # there is nothing in it to look at
+        return
+    if isinstance(node, DictConfig):
+        yield path, node
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        yield from walk(node._get_node(key), f"{path}.{key}" if path else str(key))
