@@ -23,7 +23,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/estimate.py
 
 nightly: .venv/ready
-	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest tests/test_any_config.py
+	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest -n $(JOBS) tests/test_any_config.py
 
 clean:
 	rm -rf .venv .venv-1.4 .venv-demo .demo build dist *.egg-info

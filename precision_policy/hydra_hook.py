@@ -110,9 +110,9 @@ def _job_start(original: Callable[..., None], self: Callbacks, config: DictConfi
 
 def _is_on(cfg: DictConfig) -> bool:
     node = cfg.get(_NODE)
-    return _is_ours(node) and bool(node.enabled)
+    return _is_ours(node) and bool(node.get("enabled", True))
 
 
 def _is_ours(node: Any) -> bool:
     """Whether this is the node of a chosen option, not settings that wait for one or something of the application's own."""
-    return isinstance(node, DictConfig) and "enabled" in node and "decision" in node
+    return isinstance(node, DictConfig) and "decision" in node

@@ -34,7 +34,7 @@ class JobCallback(Callback):
         """
         self._stop_watching()
         settings = config.get("precision_policy")  # absent where a sweep deletes it
-        if not isinstance(settings, DictConfig) or not settings.get("enabled"):
+        if not isinstance(settings, DictConfig) or not settings.get("enabled", True):
             return
         node: dict[str, Any] = OmegaConf.to_container(settings)  # type: ignore[assignment]  # of a mapping, it is one
         if not node.get("decision"):

@@ -35,7 +35,7 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 _set(cfg, decision)
             decisions[name] = decision.as_dict()
         record["decision"] = decisions.get(None, decisions)
-    tree.write(cfg, "precision_policy", record)
+    tree.put(cfg, "precision_policy", record)
 
 
 def _given(node: DictConfig) -> dict[str, Any]:

@@ -6,10 +6,10 @@ here looks at one node, raw first, and answers instead of raising. All use of Om
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 ABSENT: Final = object()
@@ -104,6 +104,25 @@ def write(node: DictConfig, key: str, new: Any) -> None:
     """
     with flag_override(node, ["readonly", "struct"], [False, False]):
         node[key] = new
+
+
+def put(root: DictConfig, key: str, values: Mapping[str, Any]) -> None:
+    """Put a mapping of plain values, or of such mappings, at one key of the root, whatever was there.
+
+    Built node by node: OmegaConf's own way looks at each value as if a user had given it, and takes three times as long.
+    """
+    root.__dict__["_content"][key] = _mapping(values, key, root)
+
+
+def _mapping(values: Mapping[str, Any], key: str, parent: DictConfig) -> DictConfig:
+    node = DictConfig({}, key=key, parent=parent)
+    content = node.__dict__["_content"]
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            content[name] = _mapping(value, name, node)
+        else:
+            content[name] = AnyNode(value, key=name, parent=node)
+    return node
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

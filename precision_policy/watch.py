@@ -22,7 +22,7 @@ _LOG = logging.getLogger("precision_policy")
 
 # Reading every dtype of 10,000 parameters takes a tenth of the time that constructing their optimizer takes. Beyond this
 # many, construction looks at an even sample, and the first step looks at all.
-_AT_CONSTRUCTION = 512
+_AT_CONSTRUCTION = 128
 
 
 class Bf16AdamError(RuntimeError):
