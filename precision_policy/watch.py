@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -130,16 +131,26 @@ def _some(params: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _before_first_step(optimizer: Optimizer, look: Callable[[Optimizer], None]) -> None:
-    """Call ``look`` once, before the optimizer's first step, through torch's public hooks, and leave no hook behind."""
+    """Call ``look`` once, before the optimizer's first step, through torch's public hooks, and leave no hook behind.
+
+    torch walks over its hooks while it calls them, and one that removes itself in the middle of the walk ends the job. Two
+    removals are safe: of a hook before the step while those after it are walked, and of the last hook in an OrderedDict. So
+    a hook after the step removes both, in the first step in which nobody has registered another behind it.
+    """
+    after_step: list[Any] = []
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # The hooks are being walked right now and must not be removed before that is over. A hook after the step that is
-        # registered here is the last of its kind, and the last one may remove itself.
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            handle.remove()
-            last.remove()
+        first = not after_step
+        while after_step:
+            after_step.pop().remove()
+        after_step.append(optimizer.register_step_post_hook(after))
+        if first:
+            look(optimizer)
 
-        last = optimizer.register_step_post_hook(after)
-        look(optimizer)
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        hooks = optimizer._optimizer_step_post_hooks
+        if isinstance(hooks, OrderedDict) and next(reversed(hooks), None) == after_step[0].id:
+            before_step.remove()
+            after_step[0].remove()
 
-    handle = optimizer.register_step_pre_hook(before)
+    before_step = optimizer.register_step_pre_hook(before)

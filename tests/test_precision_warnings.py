@@ -94,7 +94,7 @@ def test_leaves_alone(model, optimizer, is_peft):
     assert model == before
 
 
-@pytest.mark.parametrize("target", ["torch.optim.SGD", "torch.optim.adamw.AdamW", torch.optim.AdamW, torch.optim.Muon])
+@pytest.mark.parametrize("target", ["torch.optim.SGD", "torch.optim.adamw.AdamW", torch.optim.AdamW, torch.optim.Rprop])
 def test_every_torch_optimizer(target):
     cfg = {}
     resolve_storage_dtype(cfg, {"_target_": target})

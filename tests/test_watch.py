@@ -141,6 +141,35 @@ def test_hooks_of_others_survive_the_first_step(armed):
     assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
 
 
+def test_two_watches_at_once(armed, said):
+    """A job inside a job: each says its own, neither trips over the other's hooks, and none of those stay."""
+    inner = Watch(Asked("inner=float32"))
+    inner.arm()
+    optimizer = torch.optim.AdamW(weights(), lr=1e-5)
+    inner.disarm()
+    for _ in range(3):
+        step(optimizer)
+    assert len(said()) == 2
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_hook_that_registers_hooks(armed, said):
+    """Somebody's hook before the step registers one after it, behind the watch's own: nothing is walked over while it changes."""
+    optimizer = torch.optim.AdamW(weights(), lr=1e-5)
+    seen, theirs = [], []
+
+    def register_once(*a):
+        if not theirs:
+            theirs.append(optimizer.register_step_post_hook(lambda *a: seen.append("post")))
+
+    optimizer.register_step_pre_hook(register_once)
+    for _ in range(3):
+        step(optimizer)
+    assert seen == ["post"] * 3
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
+
+
 def test_many_tensors_and_one_low(armed, said):
     """Beyond what construction looks at, the first step finds it."""
     optimizer = torch.optim.AdamW([*weights(torch.float32, 2000), *weights()], lr=1e-5)
@@ -176,10 +205,12 @@ def test_engine_swaps_fp32_in(armed, said):
 def test_asked_against_came(said):
     """fp32 was asked for and bf16 came: the warning says that instead, with names where it has any."""
     watch = Watch(Asked("model.torch_dtype=float32", fp32_by="model.torch_dtype=float32"))
-    watch.arm()
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).to(torch.bfloat16)
-    torch.optim.AdamW(model.named_parameters(), lr=1e-5)
-    watch.disarm()
+    watch.arm()
+    try:
+        torch.optim.AdamW(model.named_parameters(), lr=1e-5)
+    finally:
+        watch.disarm()
     (text,) = said()
     assert text.startswith("model.torch_dtype=float32 asked for fp32 storage, but 4 of 4 tensors came in bf16")
     assert "0.weight, 0.bias, 1.weight" in text
