@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch.optim import Optimizer
 from precision_policy import estimate
 from precision_policy.optimizers import Known, name
 
+# Attributes of FSDP1's parameters (torch/distributed/fsdp/_flat_param.py, torch 2.13): a flat parameter's size before it was
+# sharded, and the mark of an original parameter that is now a view into one.
+_FLAT, _FLATTENED = "_unpadded_unsharded_size", "_fsdp_flattened"
+_KINDS = ("matrices", "1-dimensional", "flattened by FSDP")
 _INERT = 2.0**-9  # of lr * weight_decay: half a bf16 step, relative to the largest weight of an exponent
 
 
@@ -60,9 +64,10 @@ def low_precision(optimizer: Optimizer) -> list[Low]:
 def warning(optimizer: Optimizer, known: Known, low: Sequence[Low], asked: Asked) -> str:
     """The warning, one log record of a few aligned lines; the first is short enough for a log viewer."""
     params = [p for one in low for p in one.params]
-    counted = f"{len(params):,} trainable tensors ({sum(whole(p) for p in params):,} elements) are stored in bf16"
+    partly = ", of this rank's shard" if any(map(_of_unknown_whole, params)) else ""
+    tensors = f"{len(params):,} trainable tensor{'s' * (len(params) > 1)}"
+    counted = f"{tensors} ({sum(map(whole, params)):,} elements{partly}) stored in bf16"
     shares = _shares(low, asked.sample)
-    total = next((row for row in shares if row.kind == "all"), None)
     if asked.fp32_by:
         every = sum(len(group["params"]) for group in optimizer.param_groups)
         names = [n for one in low for n in one.names][:3]
@@ -70,7 +75,7 @@ def warning(optimizer: Optimizer, known: Known, low: Sequence[Low], asked: Asked
         lines = [f"{name(optimizer)} got them{': ' + ', '.join(names) if names else ''}; {counted}"]
         fix = "something recast the model: look for .to(torch.bfloat16), .bfloat16() or a bf16-true precision setting"
     else:
-        loses = f"{total.now:.1%} of updates round away at {total.label}" if total else "updates round away"
+        loses = f"{shares.now:.1%} of updates round away at {shares.label}" if shares else "updates round away"
         first = f"{name(optimizer)} over bf16 weights, no fp32 master copy: {loses}"
         lines, fix = [counted], f"{asked.fix}  (compute may stay bf16, by autocast)"
     lines += _table(shares)
@@ -99,63 +104,79 @@ def wasted(optimizer: Optimizer) -> str | None:
 
 
 def whole(param: torch.Tensor) -> int:
-    """The elements of the whole parameter, not of this rank's shard (DTensor, and FSDP's flat parameters)."""
-    return int(getattr(param, "_unpadded_unsharded_size", param).numel())
+    """The elements of the whole parameter, not of this rank's shard; for a shard that does not know its whole, its own."""
+    return int(getattr(param, _FLAT, param).numel())
+
+
+def _of_unknown_whole(param: torch.Tensor) -> bool:
+    # FSDP1 with use_orig_params: a view into the shard, whose shape is kept where only FSDP finds it.
+    return hasattr(param, _FLATTENED) and not hasattr(param, _FLAT)
+
+
+def _is_shard(param: torch.Tensor) -> bool:
+    return estimate.local(param).numel() != whole(param) or _of_unknown_whole(param)
+
+
+def _kind(param: torch.Tensor) -> str:
+    if hasattr(param, _FLAT) or hasattr(param, _FLATTENED):
+        return _KINDS[2]
+    return _KINDS[0] if param.dim() > 1 else _KINDS[1]
 
 
 @dataclass(frozen=True)
 class _Row:
+    """One kind of parameter: its elements, and the shares (0 to 1) that an update at lr and at a tenth of it cannot move."""
+
     kind: str
-    label: str
     elements: int
     now: float
     tenth: float
-    sampled: bool
 
 
-def _shares(low: Sequence[Low], sample: int | None) -> list[_Row]:
-    """The shares lost, for all elements and by kind, each group at its own learning rate."""
+@dataclass(frozen=True)
+class _Shares:
+    """The rows, what their learning rate is called, and what they were read from, where not from all."""
+
+    rows: list[_Row]
+    label: str
+    note: str
+
+    @property
+    def now(self) -> float:
+        return sum(row.now * row.elements for row in self.rows) / sum(row.elements for row in self.rows)
+
+
+def _shares(low: Sequence[Low], sample: int | None) -> _Shares | None:
+    """The shares lost by kind, each group at its own learning rate; None where they cannot be read."""
     rates = [estimate.as_float(one.group.get("lr")) for one in low]
     if not all(math.isfinite(rate) for rate in rates):
-        return []
+        return None
     if not any(rates):  # a warm-up begins at 0, where nothing moves anyway: show a usual fine-tuning rate
         rates = [1e-5] * len(rates)
+    every = [p for one in low for p in one.params]
+    step = estimate.stride(every, sample)
+    rows, sampled = [], False
+    for kind in _KINDS:
+        groups = [([p for p in one.params if _kind(p) == kind], rate) for one, rate in zip(low, rates, strict=True)]
+        counted = [(estimate.histogram(params, torch.bfloat16, step)[0], rate) for params, rate in groups]
+        total = sum(histogram.total for histogram, _ in counted)
+        if total:
+            now, tenth = (sum(h.total * h.lost(rate * factor) for h, rate in counted) / total for factor in (1, 0.1))
+            rows.append(_Row(kind, sum(whole(p) for params, _ in groups for p in params), now, tenth))
+            sampled = sampled or any(histogram.sampled for histogram, _ in counted)
+    if not rows:
+        return None
+    read_from = ["an even sample"] * sampled + ["this rank's shard"] * any(map(_is_shard, every))
     label = f"lr {rates[0]:g}" if len(set(rates)) == 1 else "each group's lr"
-    step = estimate.stride([p for one in low for p in one.params], sample)
-    rows: list[_Row] = []
-    for kind, least, most in (("matrices", 2, 99), ("1-dimensional", 0, 1)):
-        counted = []
-        for one, rate in zip(low, rates, strict=True):
-            params = [p for p in one.params if least <= p.dim() <= most]
-            if params:
-                counted.append((estimate.histogram(params, torch.bfloat16, step)[0], rate))
-        rows += _row(kind, label, counted)
-    if not rows:
+    return _Shares(rows, label, " of ".join(read_from))
+
+
+def _table(shares: _Shares | None) -> list[str]:
+    if shares is None:
         return []
-    elements = sum(row.elements for row in rows)
-    now, tenth = (sum(getattr(row, at) * row.elements for row in rows) / elements for at in ("now", "tenth"))
-    return [_Row("all", label, elements, now, tenth, any(row.sampled for row in rows)), *rows]
-
-
-def _row(kind: str, label: str, counted: Sequence[tuple[estimate.Histogram, float]]) -> Iterator[_Row]:
-    elements = sum(histogram.total for histogram, _ in counted)
-    if elements:
-        now, tenth = (
-            sum(histogram.total * histogram.lost(rate * factor) for histogram, rate in counted) / elements
-            for factor in (1, 0.1)
-        )
-        yield _Row(kind, label, elements, now, tenth, any(histogram.sampled for histogram, _ in counted))
-
-
-def _table(rows: Sequence[_Row]) -> list[str]:
-    if not rows:
-        return []
-    note = ", from an even sample" if rows[0].sampled else ""
-    tenth = "a tenth of it"
-    lines = [f"{'weights that an update cannot move':<36}{'at ' + rows[0].label:>18}{'at ' + tenth:>18}{note}"]
-    return lines + [
-        f"  {row.kind + f' ({row.elements:,})':<34}{row.now:>18.1%}{row.tenth:>18.1%}" for row in rows if row.kind != "all"
-    ]
+    note = f", from {shares.note}" if shares.note else ""
+    head = f"{'weights that an update cannot move':<36}{'at ' + shares.label:>18}{'at a tenth of it':>18}{note}"
+    return [head] + [f"  {row.kind + f' ({row.elements:,})':<34}{row.now:>18.1%}{row.tenth:>18.1%}" for row in shares.rows]
 
 
 def _decay(optimizer: Optimizer, low: Sequence[Low]) -> str | None:
@@ -176,7 +197,7 @@ def _decay(optimizer: Optimizer, low: Sequence[Low]) -> str | None:
 def _cost(known: Known, low: Sequence[Low]) -> str:
     elements = sum(estimate.local(p).numel() for one in low for p in one.params)
     state = known.state_grows + (known.state_grows // 2 if low[0].group.get("amsgrad") else 0)
-    sharded = any(estimate.local(p).numel() != whole(p) for one in low for p in one.params)
+    sharded = any(_is_shard(p) for one in low for p in one.params)
     return (
         f"fp32 storage adds{' on each rank' if sharded else ''}: weights {_bytes(2 * elements)}, "
         f"gradients {_bytes(2 * elements)}, optimizer state {_bytes(state * elements)}"

@@ -3,6 +3,9 @@
 Armed, it costs a look at each optimizer when it is constructed and again before its first step, and nothing per training
 step. ``torch.optim.Optimizer`` has no hook for construction, so its ``__init__`` is wrapped for the time of the job: every
 optimizer that a config, plain code or a library builds comes through there.
+
+A process that the job spawns is a fresh interpreter, in which Hydra never runs. So the start of a process is wrapped too: the
+watch travels in what is pickled for it, and arms itself where it arrives. A forked process has it anyway.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import torch
@@ -47,30 +51,46 @@ class Watch:
         self._action = action
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        self._original: Any = None
-        self._wrapper: Any = None
+        self._wraps: list[tuple[type, str, Any, Any]] = []
 
     def arm(self) -> None:
         """Begin to judge the optimizers that are constructed from now on."""
-        original = Optimizer.__init__
 
-        @functools.wraps(original)
-        def __init__(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
-            original(optimizer, *args, **kwargs)
+        def constructed(optimizer: Optimizer, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            init(optimizer, *args, **kwargs)
             self._guarded(self._at_construction, optimizer)
 
-        self._original, self._wrapper = original, __init__
-        Optimizer.__init__ = __init__  # type: ignore[assignment, method-assign]  # put back by disarm
+        def started(process: BaseProcess, start: Callable[..., None]) -> None:
+            process._precision_policy_watch = self  # type: ignore[attr-defined]  # so that it is pickled with the process
+            start(process)
+
+        self._wrap(Optimizer, "__init__", constructed)
+        self._wrap(BaseProcess, "start", started)
 
     def disarm(self) -> None:
         """Leave torch as it was. Whoever has wrapped the constructor on top of the watch keeps it; the watch sleeps in it."""
-        wrapper, self._wrapper = self._wrapper, None
-        if wrapper is not None and Optimizer.__init__ is wrapper:
-            Optimizer.__init__ = self._original  # type: ignore[method-assign]  # as above
+        wraps, self._wraps = self._wraps, []
+        for kind, name, original, wrapper in wraps:
+            if getattr(kind, name) is wrapper:
+                setattr(kind, name, original)
+
+    def __reduce__(self) -> Any:
+        """In the process that it is unpickled in, it is armed, for as long as that process lives."""
+        return _armed, (self._asked, self._action, set(self._said))
+
+    def _wrap(self, kind: type, name: str, around: Callable[..., None]) -> None:
+        original = getattr(kind, name)
+
+        @functools.wraps(original)
+        def wrapper(it: Any, *args: Any, **kwargs: Any) -> None:
+            around(it, original, *args, **kwargs)
+
+        setattr(kind, name, wrapper)
+        self._wraps.append((kind, name, original, wrapper))
 
     def _guarded(self, look: Callable[..., None], *args: Any) -> None:
         """A diagnosis must not end a job, except by the error that ``strict`` asks for."""
-        if self._wrapper is None:
+        if not self._wraps:
             return
         try:
             look(*args)
@@ -115,6 +135,13 @@ class Watch:
             message = text()
             if message is not None:
                 _LOG.log(level, message, **kwargs)
+
+
+def _armed(asked: report.Asked, action: Literal["warn", "error"], said: set[str]) -> Watch:
+    watch = Watch(asked, action)
+    watch._said |= said
+    watch.arm()
+    return watch
 
 
 def _may_hold_low_precision(optimizer: Optimizer) -> bool:

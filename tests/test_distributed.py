@@ -1,0 +1,112 @@
+"""Parallel training on CPU: one warning for all ranks, and numbers that say of what they are."""
+
+import sys
+
+import pytest
+from conftest import CONFIG
+
+CODE = """
+import hydra, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    dtype = getattr(torch, cfg.model.torch_dtype)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 10)).to(dtype)
+    if cfg.way == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif cfg.way.startswith("fsdp2"):
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.way == "fsdp2-bf16" else None)
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    else:
+        model = FullyShardedDataParallel(model, use_orig_params=cfg.way == "fsdp1-orig", device_id=torch.device("cpu"))
+    optimizer = hydra.utils.instantiate(cfg.optimizer)(model.parameters())
+    for _ in range(2):
+        model(torch.ones(4, 64, dtype=dtype)).float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.barrier()
+    del model, optimizer  # DDP's destructor may wait for ever once the group is gone (torch 2.13, gloo), policy or not
+    dist.destroy_process_group()
+
+main()
+"""
+ELEMENTS = 64 * 64 + 64 + 64 + 64 + 64 * 10 + 10
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+@pytest.mark.parametrize(
+    ("way", "processes"),
+    [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("fsdp2-bf16", 2), ("fsdp1", 2), ("fsdp1-orig", 2)],
+)
+def test_bf16_storage(app, way, processes):
+    """One line, one warning; the counts are of the whole model, or say that they are not."""
+    run = app(f"way: {way}\n{CONFIG}", CODE)("+precision_policy=on", "model.torch_dtype=bfloat16", python=torchrun(processes))
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "WARNING"]
+    if way == "fsdp1-orig":
+        assert f"({ELEMENTS // 2:,} elements, of this rank's shard)" in run.out
+    else:
+        assert f"({ELEMENTS:,} elements)" in run.out
+    assert ("from this rank's shard" in run.out) is (way != "ddp")
+    assert ("fp32 storage adds on each rank" in run.out) is (way != "ddp")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-bf16", "fsdp1", "fsdp1-orig"])
+def test_fp32_storage(app, way):
+    """What the policy set stays fp32 in the optimizer's hands, a bf16 MixedPrecisionPolicy included: silence."""
+    run = app(f"way: {way}\n{CONFIG}", CODE)("+precision_policy=on", python=torchrun(2))
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO"]
+
+
+SPAWN = """
+import os
+import hydra, torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from multiprocessing.process import BaseProcess
+
+def work(rank, store, cfg):
+    if store:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    weights = [torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))]
+    hydra.utils.instantiate(cfg.optimizer)(weights)
+    if store:
+        dist.destroy_process_group()
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    if cfg.parent_first:
+        work(0, None, cfg)
+    mp.start_processes(work, (f"file://{os.getcwd()}/store", cfg), nprocs=2, start_method=cfg.method)
+
+if __name__ == "__main__":
+    before = BaseProcess.start
+    main()
+    assert BaseProcess.start is before
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize("parent_first", [False, True])
+def test_processes_that_the_job_starts(app, method, parent_first):
+    """They are watched as the job is: rank zero among them speaks, unless the job itself has said it."""
+    run = app(f"method: {method}\nparent_first: {parent_first}\n{CONFIG}", SPAWN)(
+        "+precision_policy=on", "model.torch_dtype=bfloat16"
+    )
+    assert (run.out + run.err).count("over bf16 weights") == 1
+    assert ("over bf16 weights" in run.out) is (parent_first or method == "fork")  # a fresh process has no log of Hydra's
+
+
+def test_strict_in_a_process_that_the_job_starts(app):
+    """The error stops it, and the job with it."""
+    train = app(f"method: spawn\nparent_first: false\n{CONFIG}", SPAWN)
+    assert "Bf16AdamError" in train("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1).err
