@@ -3,16 +3,22 @@ PYTHON ?= python3
 PIP = -m pip install -q -c constraints.txt
 JOBS ?= 2
 
-.PHONY: test demo bench nightly clean
+.PHONY: test test-all demo bench nightly clean
 
 test: .venv/ready .venv-1.4/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	@echo "== Hydra 1.3.8 =="
-	.venv/bin/pytest -n $(JOBS)
+	.venv/bin/pytest -n $(JOBS) -m "not heavy"
 	@echo "== Hydra 1.4.0rc3 =="
-	.venv-1.4/bin/pytest -n $(JOBS) -m "not once"
+	.venv-1.4/bin/pytest -n $(JOBS) -m "not once and not heavy"
+
+test-all: test .venv-heavy/ready .venv-oldest/ready
+	@echo "== Ray, Optuna, DeepSpeed =="
+	.venv-heavy/bin/pytest -n $(JOBS) tests/test_heavy.py
+	@echo "== oldest: torch 2.6.0, Hydra 1.3.2 =="
+	.venv-oldest/bin/pytest -n $(JOBS) -m "not once and not heavy"
 
 demo: .venv-demo/ready
 	cd examples/finetune && ../../.venv-demo/bin/python demo.py $(CURDIR)/.demo
@@ -26,7 +32,7 @@ nightly: .venv/ready
 	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest -n $(JOBS) tests/test_any_config.py
 
 clean:
-	rm -rf .venv .venv-1.4 .venv-demo .demo build dist *.egg-info
+	rm -rf .venv .venv-* .demo build dist *.egg-info
 
 # torch first, pinned: an unpinned one, or another package's wish for a newer one, is gigabytes of CUDA.
 .venv/ready: HYDRA = 1.3.8
@@ -36,6 +42,14 @@ clean:
 	$(@D)/bin/python $(PIP) torch==2.13.0
 	$(@D)/bin/python $(PIP) hydra-core==$(HYDRA) -r requirements/dev.txt
 	$(@D)/bin/python $(PIP) -e .
+	touch $@
+
+# DeepSpeed's build looks for torch, so it is there before, and compiles nothing ahead of its use.
+.venv-heavy/ready .venv-oldest/ready: .venv-%/ready: pyproject.toml requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q $$(grep -E '^(torch|setuptools|wheel)==' requirements/$*.txt)
+	DS_BUILD_OPS=0 $(@D)/bin/python -m pip install -q --no-build-isolation -r requirements/$*.txt
+	$(@D)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv-demo/ready: pyproject.toml constraints.txt

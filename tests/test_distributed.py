@@ -44,6 +44,7 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("way", "processes"),
     [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("fsdp2-bf16", 2), ("fsdp1", 2), ("fsdp1-orig", 2)],
@@ -60,6 +61,7 @@ def test_bf16_storage(app, way, processes):
     assert ("fp32 storage adds on each rank" in run.out) is (way != "ddp")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-bf16", "fsdp1", "fsdp1-orig"])
 def test_fp32_storage(app, way):
     """What the policy set stays fp32 in the optimizer's hands, a bf16 MixedPrecisionPolicy included: silence."""

@@ -23,14 +23,9 @@ def test_run(app):
     assert LINE[5:] in (train.folder / "out/app.log").read_text()
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
-def test_sweep(app, launcher):
-    """Every job of a sweep, in this process and in a launcher's worker; ``once`` is once per job."""
-    train = app()
-    override = [] if launcher == "basic" else [f"hydra/launcher={launcher}"]
-    if launcher == "joblib":
-        override.append("hydra.launcher.n_jobs=2")
-    train("--multirun", "+precision_policy=on,warn,off", "model.torch_dtype=auto,bfloat16", *override)
+def check_sweep(train, *overrides):
+    """Sweep over the options and over the dtype, and look at each job's config and log."""
+    train("--multirun", "+precision_policy=on,warn,off", "model.torch_dtype=auto,bfloat16", *overrides)
     logs = [(train.folder / f"sweep/{job}/app.log") for job in range(6)]
     jobs = [yaml.safe_load((train.folder / f"sweep/{job}/.hydra/config.yaml").read_text()) for job in range(6)]
     assert [job["model"]["torch_dtype"] for job in jobs] == ["float32", "bfloat16", "auto", "bfloat16", "auto", "bfloat16"]
@@ -39,6 +34,16 @@ def test_sweep(app, launcher):
     texts = [log.read_text() if log.exists() else "" for log in logs]
     assert [text.count("[precision_policy][INFO]") for text in texts] == [1, 1, 1, 1, 0, 0]
     assert [text.count("[precision_policy][WARNING]") for text in texts] == [0, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]],
+    ids=["basic", "joblib", "submitit"],
+)
+def test_sweep(app, launcher):
+    """Every job of a sweep, in this process and in a launcher's worker; ``once`` is once per job."""
+    check_sweep(app(), *launcher)
 
 
 def test_cfg_job(app):
