@@ -70,8 +70,9 @@ class Facts:
     Attributes:
         no_model: where there is no model, a clause that says what is there instead.
         peft: what makes PEFT on, or None when it is off.
-        optimizer: the optimizer's name for people, or None when there is no node.
+        optimizer: the optimizer's name, or for one that is not torch's a clause about it; None when there is no node.
         no_optimizer: where there is none, a clause that says what is there instead.
+        override: how the command line spells the model's dtype key, for advice; None where it may take none.
         torch_optim: whether the optimizer ships in ``torch.optim``.
         dtypes: the dtype keys that are there, the one to write first; None when there is no model.
         room: whether an absent key can be added; a call, because finding out may import the model's class.
@@ -82,6 +83,7 @@ class Facts:
     peft: str | None
     optimizer: str | None
     no_optimizer: str
+    override: str | None
     torch_optim: bool
     dtypes: tuple[DtypeField, ...] | None
     room: Callable[[], Room]
@@ -109,16 +111,18 @@ def decide(facts: Facts) -> Decision:
     def nothing(rule: Rule, reason: str) -> Decision:
         return Decision(rule, None, None, None, reason)
 
-    if facts.dtypes is None:
-        return nothing("no_model", facts.no_model)
-    if facts.peft is not None:
-        return nothing("peft", f"PEFT is on ({facts.peft}), and a frozen base may stay in the checkpoint's dtype")
-    if facts.optimizer is None:
-        return nothing("no_optimizer", f"{facts.no_optimizer}; the optimizer that the job builds is still watched")
-    if not facts.torch_optim:
-        reason = f"{facts.optimizer} is not from torch.optim and may keep an fp32 master copy of its own"
-        return nothing("not_torch_optim", reason)
     fp32 = facts.storage_dtype or "float32"
+    anyway = f" (fp32 storage all the same: {facts.override}={fp32})" if facts.override else ""
+    watched = "the optimizer that the job builds is still watched"
+    if facts.dtypes is None:
+        found = f"; {facts.no_optimizer}" if facts.optimizer is None else ""
+        return nothing("no_model", f"{facts.no_model}{found}; {watched}")
+    if facts.peft is not None:
+        return nothing("peft", f"PEFT is on ({facts.peft}), and a frozen base may stay in the checkpoint's dtype{anyway}")
+    if facts.optimizer is None:
+        return nothing("no_optimizer", f"{facts.no_optimizer}; {watched}{anyway}")
+    if not facts.torch_optim:
+        return nothing("not_torch_optim", f"{facts.optimizer}{anyway}")
     for field in facts.dtypes:
         if field.chosen:
             start = field.note or f"{field.path}={field.value} was chosen and"

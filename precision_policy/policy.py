@@ -8,11 +8,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from precision_policy import optimizer_node, peft, targets, tree
+from precision_policy import candidates, optimizer_node, peft, targets, tree
 from precision_policy.decision import BF16_BESIDE, UNCHOSEN, Decision, DtypeField, Facts, Room, decide
 from precision_policy.settings import Pair, Path, SettingError, Settings, parse
 
-_DTYPE_KEYS = ("dtype", "torch_dtype")  # in the order in which one of two is written
+_NO_KEY = "store the model in fp32 where the code makes it; nothing in the config is known to set its dtype"
 
 
 def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -51,45 +51,49 @@ def spelled(path: str, overrides: Sequence[str], there: bool) -> str:
 
 
 def _facts(cfg: DictConfig, settings: Settings, pair: Pair, overrides: Sequence[str]) -> Facts:
-    model, no_model = _model(cfg, pair.model)
-    optimizer, no_optimizer = _optimizer(cfg, pair.optimizer)
+    keys = settings.keys
+    model, no_model = _model(cfg, pair.model, keys)
+    optimizer, no_optimizer, torch_optim = _optimizer(cfg, pair.optimizer)
     if pair.peft.chosen and not tree.leads_somewhere(cfg, pair.peft.path):
         raise _leads_nowhere(cfg, pair.peft)
-    keys = (settings.dtype_key,) if settings.dtype_key else _DTYPE_KEYS
+    dtypes = None if model is None else _dtype_fields(model, keys, overrides)
     return Facts(
         no_model=no_model,
         peft=peft.what_is_on(cfg, pair.peft.path),
-        optimizer=None if optimizer is None else optimizer.name,
+        optimizer=optimizer,
         no_optimizer=no_optimizer,
-        torch_optim=optimizer is not None and optimizer.torch_optim,
-        dtypes=None if model is None else _dtype_fields(model, keys, overrides),
+        override=_override(model, keys, dtypes),
+        torch_optim=torch_optim,
+        dtypes=dtypes,
         room=lambda: Room(None) if model is None else _room(model, keys),
         storage_dtype=settings.storage_dtype,
     )
 
 
-def _model(cfg: DictConfig, at: Path) -> tuple[DictConfig | None, str]:
+def _model(cfg: DictConfig, at: Path, keys: Sequence[str]) -> tuple[DictConfig | None, str]:
     """The model's node, or None and a clause that says what is there instead."""
     found = tree.at(cfg, at.path)
     if isinstance(found, DictConfig):
         return found, ""
     if at.chosen:
         raise _unusable(cfg, at, found, "holds no mapping", "Name the node that configures the model.")
-    return None, _instead(cfg, at, found, _model_candidates(cfg))
+    return None, _instead(at, found, candidates.models(cfg, keys))
 
 
-def _optimizer(cfg: DictConfig, at: Path) -> tuple[optimizer_node.Found | None, str]:
-    """The optimizer at the path, or None and a clause that says what is there instead."""
+def _optimizer(cfg: DictConfig, at: Path) -> tuple[str | None, str, bool]:
+    """What is said of the optimizer at the path, or None and what is said of its absence; whether it is torch's."""
     value = tree.at(cfg, at.path)
     found = optimizer_node.find(value)
-    if found is None and isinstance(value, DictConfig):
-        found = optimizer_node.Found(f"{at.path}, which names no optimizer,", False)
+    if found is not None and found.torch_optim:
+        return found.name, "", True
     if found is not None:
-        return found, ""
+        return f"{found.name} is not from torch.optim and may keep an fp32 master copy of its own", "", False
+    if isinstance(value, DictConfig):
+        return f"{at.path} does not name its optimizer; the one that the job builds is still watched", "", False
     if at.chosen:
         fix = "Name the optimizer's node, or the key that holds its name."
         raise _unusable(cfg, at, value, "holds neither a mapping nor a name", fix)
-    return None, _instead(cfg, at, value, _optimizer_candidates(cfg))
+    return None, _instead(at, value, candidates.optimizers(cfg)), False
 
 
 def _unusable(cfg: DictConfig, at: Path, found: Any, what: str, fix: str) -> SettingError:
@@ -102,25 +106,11 @@ def _leads_nowhere(cfg: DictConfig, at: Path) -> SettingError:
     return SettingError(at.setting, at.path, f"the config has no {at.path}", f"{tree.nearest(cfg, at.path)}.")
 
 
-def _instead(cfg: DictConfig, at: Path, found: Any, candidates: list[str]) -> str:
+def _instead(at: Path, found: Any, candidates: list[str]) -> str:
     what = "there is nothing" if found in (tree.ABSENT, None) else f"there is a {type(found).__name__} and no node"
     if candidates:
         return f"{what} at {at.path}; {' or '.join(f'{at.setting}={path}' for path in candidates)} may be meant"
     return f"{what} at {at.path} ({at.setting} names another path)"
-
-
-def _optimizer_candidates(cfg: DictConfig) -> list[str]:
-    return [path for path, node in tree.walk(cfg) if targets.is_torch_optim(tree.plain(node, "_target_"))][:3]
-
-
-def _model_candidates(cfg: DictConfig) -> list[str]:
-    return [
-        path
-        for path, node in tree.walk(cfg)
-        if path
-        and not path.startswith(("hydra", "precision_policy"))
-        and ("torch_dtype" in node or str(tree.plain(node, "_target_")).endswith((".from_pretrained", ".from_config")))
-    ][:3]
 
 
 def _dtype_fields(model: DictConfig, keys: Sequence[str], overrides: Sequence[str]) -> tuple[DtypeField, ...]:
@@ -139,7 +129,7 @@ def _parent(model: DictConfig, key: str) -> tuple[DictConfig | None, str]:
 
 
 def _dtype_field(parent: DictConfig, name: str, overrides: Sequence[str]) -> DtypeField:
-    path = f"{tree.full_path(parent)}.{name}"
+    path = tree.key(parent, name)
     override = spelled(path, overrides, there=True)
     if tree.is_missing(parent, name):
         return DtypeField(path, override, None, chosen=True, note=f"{path} is ???, which Hydra will ask for, and")
@@ -153,15 +143,26 @@ def _dtype_field(parent: DictConfig, name: str, overrides: Sequence[str]) -> Dty
     return DtypeField(path, override, text, chosen=True)
 
 
+def _override(model: DictConfig | None, keys: Sequence[str], dtypes: Sequence[DtypeField] | None) -> str | None:
+    """How the command line spells the model's dtype key, for advice; None where only its target could tell if it takes one."""
+    if model is None or dtypes:
+        return dtypes[0].override if dtypes else None
+    parent, name = _parent(model, keys[-1])
+    if parent is None or tree.schema(parent) is not None:
+        return None
+    takes = not tree.has(parent, "_target_") or targets.is_factory(str(tree.value(parent, "_target_")))
+    return f"+{tree.key(parent, name)}" if takes else None
+
+
 def _room(model: DictConfig, keys: tuple[str, ...]) -> Room:
     parent, name = _parent(model, keys[-1])
     if parent is None:
         return Room(None, f"{tree.full_path(model)} has no mapping to hold {keys[-1]}, so no dtype key was added")
-    node, schema = tree.full_path(parent), tree.schema(parent)
+    node, schema = tree.full_path(parent) or "the config's root", tree.schema(parent)
     if schema is not None:
         return Room(None, f"{node} is typed as {schema.__name__}, which has no {' or '.join(keys)}, so none was added")
     if not tree.has(parent, "_target_"):
-        return Room(f"{node}.{name}")
+        return Room(tree.key(parent, name))
     target = optimizer_node.target(parent) if str(parent._target_).endswith("zen_processing") else None
     target = target or targets.dotted(tree.value(parent, "_target_"))
     if target is None:
@@ -175,7 +176,7 @@ def _set(cfg: DictConfig, decision: Decision) -> None:
     assert decision.key is not None
     parent_path, _, name = decision.key.rpartition(".")
     try:
-        tree.write(tree.at(cfg, parent_path), name, decision.after)
+        tree.write(tree.at(cfg, parent_path or tree.ROOT), name, decision.after)
     except OmegaConfBaseException as error:
         problem = f"its typed field refuses that ({str(error).splitlines()[0]})"
         fix = f"Choose a value that it takes ({decision.key}=...), or switch the rewrite off (precision_policy=warn)."
@@ -183,12 +184,18 @@ def _set(cfg: DictConfig, decision: Decision) -> None:
 
 
 def asked(cfg: DictConfig) -> tuple[str, str | None]:
-    """Of a job whose decision is made: the override that gives its model fp32 storage, and what asked for that already."""
+    """Of a job whose decision is made: what to do for fp32 storage, and what asked for that already."""
     node, overrides = cfg.precision_policy, list(cfg.hydra.overrides.task)
-    decisions = [node.decision[name] for name in node.decision] if node.pairs else [node.decision]
-    keys = [one.key for one in decisions if one.key] or [f"{node.model}.{node.dtype_key or 'torch_dtype'}"]
-    fix = " ".join(
-        f"{spelled(key, overrides, tree.leads_somewhere(cfg, key))}={node.storage_dtype or 'float32'}" for key in keys
-    )
+    settings = parse(_given(node))
+    pairs = settings.each_pair()
+    decisions = [node.decision[name] for name in pairs] if settings.pairs else [node.decision]
+    ways: list[str | None] = []
+    for pair, decision in zip(pairs.values(), decisions, strict=True):
+        model = tree.at(cfg, pair.model.path)
+        if decision.key:
+            ways.append(spelled(decision.key, overrides, tree.leads_somewhere(cfg, decision.key)))
+        elif isinstance(model, DictConfig):
+            ways.append(_override(model, settings.keys, _dtype_fields(model, settings.keys, overrides)))
+    fix = " ".join(f"{way}={settings.storage_dtype or 'float32'}" for way in ways if way)
     fp32 = [f"{one.key}={one.after}" for one in decisions if one.key and str(one.after) in BF16_BESIDE]
-    return fix, ", ".join(fp32) if len(fp32) == len(decisions) else None
+    return fix or _NO_KEY, ", ".join(fp32) if len(fp32) == len(decisions) else None

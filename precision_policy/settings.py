@@ -72,6 +72,11 @@ class Settings:
     monitor: Mapping[str, int] = field(default_factory=lambda: {"every": 0})
     chosen: frozenset[str] = frozenset()
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The dtype keys to look for, in the order in which one of two is written."""
+        return (self.dtype_key,) if self.dtype_key else ("dtype", "torch_dtype")
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as they stand in the job's config."""
         return {name: getattr(self, name) for name in NAMES}
@@ -97,7 +102,7 @@ _ROLES = ("model", "optimizer", "peft")
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and all(value.split("."))
+    return isinstance(value, str) and (value == "." or all(value.split(".")))
 
 
 def _is_pairs(value: Any) -> bool:

@@ -7,9 +7,8 @@ import inspect
 import io
 import pkgutil
 
+from precision_policy import targets
 from precision_policy.decision import Room
-
-_TAKE_DTYPE = ("from_pretrained", "from_config")  # transformers' and diffusers' factories, known by their names
 
 
 def room_in(target: str, node_path: str, keys: tuple[str, ...]) -> Room:
@@ -20,7 +19,7 @@ def room_in(target: str, node_path: str, keys: tuple[str, ...]) -> Room:
         node_path: dotted path of the config node.
         keys: the names to look for, the one to add to a ``**kwargs`` last.
     """
-    if target.rpartition(".")[2] in _TAKE_DTYPE:
+    if targets.is_factory(target):
         return Room(f"{node_path}.{keys[-1]}")
     if target.startswith("torch."):
         return Room(None, f"{target} takes a torch.dtype at most, not its name, so no dtype key was added")

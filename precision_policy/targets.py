@@ -53,3 +53,8 @@ def is_torch_optim(target: object) -> bool:
 def guess(name: str) -> str | None:
     """The ``torch.optim`` class that a bare name such as ``adamw`` most likely stands for, or None."""
     return name if is_torch_optim(name) else _BY_NAME.get(name.strip().lower())
+
+
+def is_factory(target: str) -> bool:
+    """Whether a dotted path names one of the usual factories of models, which take a dtype: transformers' and diffusers'."""
+    return target.rpartition(".")[2] in ("from_pretrained", "from_config")

@@ -16,8 +16,14 @@ ABSENT: Final = object()
 """Nothing is there, or it cannot be read before the job runs."""
 
 
+ROOT: Final = "."
+"""The path of the config itself, for applications that keep everything flat at the top."""
+
+
 def at(root: DictConfig, path: str) -> Any:
     """The value at a dotted path, interpolations followed; ``ABSENT`` where there is none, it is ``???`` or unreadable."""
+    if path == ROOT:
+        return root
     try:
         return OmegaConf.select(root, path, default=ABSENT, throw_on_resolution_failure=False)
     except OmegaConfBaseException:
@@ -85,9 +91,15 @@ def value(node: DictConfig | ListConfig, key: str | int) -> Any:
         return ABSENT
 
 
-def full_path(node: DictConfig | ListConfig) -> str:
-    """The dotted path at which a node really lives, which an interpolation may hide."""
-    return str(node._get_full_key(None))  # no public call gives a node's own path
+def key(node: DictConfig, name: str) -> str:
+    """The dotted path of a key of a node, from where the node really lives, which an interpolation may hide."""
+    path = str(node._get_full_key(name))  # no public call gives a node's own path
+    return path.replace("[", ".").replace("]", "")  # a list's index, as overrides spell it
+
+
+def full_path(node: DictConfig) -> str:
+    """The dotted path of a node; empty for the root."""
+    return key(node, "_").rpartition(".")[0]
 
 
 def schema(node: DictConfig) -> type | None:

@@ -90,6 +90,12 @@ TREES = st.dictionaries(
 )
 
 
+# Most random trees train nothing; half of these do, so that the rules further down are reached too.
+TREES = st.tuples(TREES, st.booleans()).map(
+    lambda pair: {**pair[0], "optimizer": {"_target_": "torch.optim.AdamW"}} if pair[1] else pair[0]
+)
+
+
 def composed(*overrides: str):
     return OmegaConf.to_container(hydra_compose("any", overrides=list(overrides)), resolve=False)
 

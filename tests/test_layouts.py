@@ -42,6 +42,18 @@ README_TABLE = [
         "model.model_args.torch_dtype",
     ),
     (
+        "everything flat, no nodes",
+        "model_name: gpt2\ntorch_dtype: auto\noptim: adamw_torch\nlr: 1e-5",
+        "precision_policy.model=. precision_policy.optimizer=optim",
+        "torch_dtype",
+    ),
+    (
+        "a list of models",
+        f"models: [{{name: a, torch_dtype: auto}}, {{name: b}}]\noptimizer: {ADAMW}",
+        "precision_policy.model=models.0",
+        "models.0.torch_dtype",
+    ),
+    (
         "a LoRA rank somewhere",
         f"model: {LOAD}\noptimizer: {ADAMW}\ntrain: {{lora_rank: 0}}",
         "precision_policy.peft=train.lora_rank",
@@ -176,11 +188,99 @@ def test_peft(compose, peft, off):
 
 
 def test_candidates_are_named(compose):
-    """When the default paths lead nowhere, the reason has the line to paste."""
-    nested = compose(f"net: {LOAD}\ntrain: {{opt: {ADAMW}}}", "+precision_policy=on").precision_policy.decision
-    assert "precision_policy.model=net may be meant" in nested.reason
+    """When the default paths lead nowhere, the reason has the lines to paste, both at once where both are missing."""
+    reason = compose(f"net: {LOAD}\ntrain: {{opt: {ADAMW}}}", "+precision_policy=on").precision_policy.decision.reason
+    assert "precision_policy.model=net may be meant" in reason
+    assert "precision_policy.optimizer=train.opt may be meant" in reason
     reason = compose(f"model: {LOAD}\ntrain: {{opt: {ADAMW}}}", "+precision_policy=on").precision_policy.decision.reason
     assert "precision_policy.optimizer=train.opt may be meant" in reason
+
+
+def test_candidates_are_no_compute_dtypes(compose):
+    """A ``dtype`` under a rollout or an amp node is not storage; a wrapped target is an optimizer's all the same."""
+    config = "rollout: {dtype: bfloat16}\ntrainer: {amp: {dtype: bf16}}\nactor: {dtype: null}\n" + (
+        "opt: {_target_: hydra_zen.funcs.zen_processing, _zen_target: torch.optim.AdamW}"
+    )
+    reason = compose(config, "+precision_policy=on").precision_policy.decision.reason
+    assert "precision_policy.model=actor may be meant" in reason
+    assert "precision_policy.optimizer=opt may be meant" in reason
+    flat = compose("torch_dtype: auto", "+precision_policy=on").precision_policy.decision.reason
+    assert "precision_policy.model=. may be meant" in flat
+
+
+@pytest.mark.parametrize(
+    ("rest", "other_outcome"),
+    [
+        ("peft: true", "model.torch_dtype=float32"),
+        ("optimizer: {_target_: bitsandbytes.optim.AdamW}", "model.torch_dtype=float32"),
+        ("optimizer: {lr: 1.0}", "model.torch_dtype=float32"),
+        ("", "model.torch_dtype=float32"),
+        ("optimizer: {_target_: torch.optim.AdamW}", "model.torch_dtype=bfloat16"),
+    ],
+)
+def test_every_reason_names_the_other_outcome(compose, rest, other_outcome):
+    """What to set to get it, as the command line spells it."""
+    cfg = compose(f"model: {{torch_dtype: auto}}\n{rest}", "+precision_policy=on")
+    assert f": {other_outcome})" in cfg.precision_policy.decision.reason
+
+
+def test_the_fix_where_no_key_is_known(app):
+    """The warning names no override that nothing would read."""
+    run = app("lr: 1")("+precision_policy=on")
+    assert "WARNING torch.optim.AdamW over bf16 weights" in run.log
+    assert "fix: store the model in fp32 where the code makes it" in run.out
+    run = app("model: {torch_dtype: bfloat16}", folder="built_in_code")("+precision_policy=on")
+    assert "fix: model.torch_dtype=float32" in run.out
+
+
+# Modelled on what the survey found: whole trees, a line, and the outcome.
+TREES = {
+    "Lightning template": (
+        "model: {_target_: src.Module, optimizer: {_target_: torch.optim.Adam, _partial_: true, lr: 0.001},"
+        " scheduler: {_target_: torch.optim.lr_scheduler.ReduceLROnPlateau, _partial_: true}, net: {_target_: torch.nn.Linear}}\n"
+        "trainer: {_target_: lightning.Trainer, precision: 32}",
+        "",
+        "no_optimizer",
+    ),
+    "PPO with reference and reward models": (
+        "actor_rollout_ref: {model: {path: /m, enable_gradient_checkpointing: true}, actor: {optim: {lr: 1e-6},"
+        " fsdp_config: {dtype: bfloat16}}, rollout: {dtype: bfloat16}}\ncritic: {model: {path: /m}, optim: {lr: 1e-5}}",
+        "precision_policy.model=actor_rollout_ref.model precision_policy.optimizer=actor_rollout_ref.actor.optim",
+        "not_torch_optim",
+    ),
+    "training arguments": (
+        "model: {model_name_or_path: m, dtype: auto}\ntraining: {_target_: transformers.TrainingArguments, optim: adamw_torch_fused}",
+        "precision_policy.optimizer=training.optim",
+        "set",
+    ),
+    "world model with three optimizers": (
+        f"world: {{torch_dtype: null}}\nopt: {{world: {ADAMW}, actor: {ADAMW}, critic: {{_target_: some.Lamb}}}}",
+        "precision_policy.model=world precision_policy.optimizer=opt",
+        "set",
+    ),
+    "precision of the project's own": (
+        f"policy: {{precision: null, backbone: x}}\noptim: {{optimizer: {ADAMW}, scheduler: {{_target_: torch.optim.lr_scheduler.StepLR}}}}",
+        "precision_policy.model=policy precision_policy.optimizer=optim.optimizer precision_policy.dtype_key=precision"
+        " precision_policy.storage_dtype=32-true",
+        "set",
+    ),
+    "a PEFT block that is off": (
+        f"model: {LOAD}\noptimizer: {ADAMW}\nmethod: {{use_peft: false, peft: {{_target_: peft.LoraConfig, r: 16}}}}",
+        "precision_policy.peft=method.peft",
+        "set",
+    ),
+    "frozen parameters": (
+        f"model: {LOAD}\noptimizer: {ADAMW}\ntrain: {{freeze: [embed, 'layers.0']}}",
+        "precision_policy.peft=train.freeze",
+        "peft",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_whole_trees(compose, name):
+    config, line, expected = TREES[name]
+    assert compose(config, "+precision_policy=on", *line.split()).precision_policy.decision.rule == expected
 
 
 def test_objects_from_resolvers_are_explicit(compose):
