@@ -1,14 +1,22 @@
-"""Draw the pictures of docs/evidence.md from the files in docs/evidence.
+"""Draw the pictures of docs/evidence.md from the files in docs/evidence, and print the numbers that stand beside them.
 
 python benchmarks/plots.py
 """
 
 import csv
+import re
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's package, where none is installed
+
+from precision_policy.optimizers import look_up
+from precision_policy.report import Asked, low_precision, warning
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -43,6 +51,29 @@ def read() -> dict[tuple[str, float], list[dict[str, str]]]:
     return rows
 
 
+def numbers(rows: dict[tuple[str, float], list[dict[str, str]]], ways: list[str], rates: list[float]) -> None:
+    """The page's tables: means over the seeds, and what the warning says of memory against what was measured."""
+
+    def mean(way: str, lr: float, key: str) -> float:
+        return statistics.mean(float(row[key]) for row in rows[way, lr])
+
+    print(f"loss before: {mean(ways[0], rates[0], 'loss before'):.3f}; loss after, by way")
+    for lr in reversed(rates):
+        print(f"  {lr:g}: " + ", ".join(f"{way} {mean(way, lr, 'loss after'):.3f}" for way in ways))
+    print("bf16 storage, share that stays, %: predicted / seen at the first step, seen at the middle and last step")
+    for lr in reversed(rates):
+        shares = [100 * mean("bf16 storage", lr, key) for key in ("predicted first", "seen first", "seen middle", "seen last")]
+        print(f"  {lr:g}: " + " / ".join(f"{share:.1f}" for share in shares))
+    elements = int(re.search(r"([\d,]+) parameters", (HERE / "machine.txt").read_text())[1].replace(",", ""))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.empty(elements, dtype=torch.bfloat16, device="meta"))], lr=1e-5)
+    text = warning(optimizer, look_up(optimizer), low_precision(optimizer), Asked(""))
+    print("the warning: " + next(line.strip() for line in text.splitlines() if "fp32 storage adds" in line))
+    added = mean("fp32 storage", rates[0], "steady bytes") - mean("bf16 storage", rates[0], "steady bytes")
+    print(
+        f"measured: {added / 2**20:.1f} MiB; 8 bytes an element are {8 * elements / 2**20:.1f} MiB, ratio {added / 8 / elements:.4f}"
+    )
+
+
 def save(figure, name: str) -> None:
     figure.savefig(HERE / name, dpi=150, transparent=True)
     pyplot.close(figure)
@@ -52,6 +83,7 @@ def main() -> None:
     rows = read()
     ways = list(dict.fromkeys(way for way, _ in rows))
     rates = sorted({lr for _, lr in rows})
+    numbers(rows, ways, rates)
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for way in ways:

@@ -163,8 +163,9 @@ def _room(model: DictConfig, keys: tuple[str, ...]) -> Room:
         return Room(None, f"{node} is typed as {schema.__name__}, which has no {' or '.join(keys)}, so none was added")
     if not tree.has(parent, "_target_"):
         return Room(tree.key(parent, name))
-    target = optimizer_node.target(parent) if str(parent._target_).endswith("zen_processing") else None
-    target = target or targets.dotted(tree.value(parent, "_target_"))
+    target = targets.dotted(tree.value(parent, "_target_"))
+    if target is not None and target.endswith(".zen_processing"):
+        target = optimizer_node.target(parent)
     if target is None:
         return Room(None, f"{node}._target_ is not known before the job runs, so no dtype key was added")
     from precision_policy.signature import room_in  # inspect and friends, for the few configs that come this far

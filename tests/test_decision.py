@@ -27,6 +27,8 @@ AUTO = "model: {torch_dtype: auto}\n"
         ("model: {_target_: torch.nn.Linear, in_features: 1}\n" + ADAMW, "target_takes_no_dtype"),
         ("model: {_target_: builtins.object}\n" + ADAMW, "target_takes_no_dtype"),
         ("model: {_target_: no.such.thing}\n" + ADAMW, "target_takes_no_dtype"),
+        ("model: {_target_: '???'}\n" + ADAMW, "target_takes_no_dtype"),
+        ("model: {_target_: '${nowhere}'}\n" + ADAMW, "target_takes_no_dtype"),
         (AUTO + ADAMW, "set"),
         ("model: {torch_dtype: null}\n" + ADAMW, "set"),
         ("model: {dtype: auto}\n" + ADAMW, "set"),
