@@ -26,7 +26,7 @@ trainer: {steps: 1000, precision: bf16-mixed}
 """
 
 
-def ratio(name: str, base, other, repeats: int = 101, inner: int = 1) -> None:
+def ratio(name: str, base, other, repeats: int = 301, inner: int = 1) -> None:
     """Print the median of paired ratios, the order swapped each time, and its spread."""
     for work in (base, other):
         work()
@@ -108,7 +108,7 @@ def steps() -> None:
         for _ in range(100):
             plain.step()
 
-    ratio("step, monitor.every=100", without, with_monitor, repeats=21)
+    ratio("step, monitor.every=100", without, with_monitor, repeats=51)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def environment(folder: Path, *packages: str) -> Path:
     return python
 
 
+def wheel(folder: Path) -> str:
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
+    return str(next(folder.glob("hydra_precision_policy-*.whl")))
+
+
 def start(python: Path, script: Path) -> float:
     begun = time.perf_counter()
     subprocess.run([str(python), str(script), "hydra.run.dir=out"], check=True, cwd=script.parent, capture_output=True)
@@ -57,14 +62,16 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    repeats = int(os.environ.get("REPEATS", "60"))
+    repeats = int(os.environ.get("REPEATS", "200"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with_it = environment(folder / "with", str(ROOT))
+        with_it = environment(folder / "with", wheel(folder))
         without = environment(folder / "without")
         times: dict[str, list[float]] = {plugin: [] for plugin in PLUGINS}
-        for _ in range(repeats // 2):
-            out = subprocess.run([str(with_it), "-c", IMPORTS], check=True, capture_output=True, text=True).stdout
+        for _ in range(repeats // 4):
+            # Not from the checkout: its own hydra_plugins would be discovered too.
+            command = [str(with_it), "-c", IMPORTS]
+            out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
             stats = json.loads(out)
             for plugin, prefix in PLUGINS.items():
                 times[plugin].append(1e3 * sum(t for module, t in stats.items() if module.startswith(prefix)))

@@ -98,44 +98,49 @@ def test_lora(app, checkpoint):
 
 LIGHTNING = """
 import hydra, lightning, torch
+from hydra.utils import instantiate
 
-class Net(lightning.LightningModule):
-    def __init__(self, optimizer, torch_dtype=None):
+class Module(lightning.LightningModule):
+    def __init__(self, net, optimizer, scheduler):
         super().__init__()
-        self.layer, self.optimizer = torch.nn.Linear(8, 8), optimizer
+        self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
     def training_step(self, batch, index):
-        return self.layer(batch).float().square().mean()
+        return self.net(input_ids=batch, labels=batch).loss
     def configure_optimizers(self):
-        return self.optimizer(params=self.parameters())
+        optimizer = self.optimizer(params=self.trainer.model.parameters())
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer=optimizer)}
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg):
-    model = hydra.utils.instantiate(cfg.model)
-    dtype = torch.bfloat16 if cfg.precision == "bf16-true" else torch.float32
-    trainer = lightning.Trainer(accelerator="cpu", max_steps=2, precision=cfg.precision, logger=False,
-                                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(model, torch.utils.data.DataLoader(torch.ones(4, 8, dtype=dtype)))
+    model, trainer = instantiate(cfg.model), instantiate(cfg.trainer)
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randint(0, 200, (4, 16)), batch_size=2))
 
 main()
 """
+# The layout of the popular template of Hydra with Lightning: everything of the training inside the module's node.
 LIGHTNING_CONFIG = """
-precision: 32-true
 model:
-  _target_: __main__.Net
-  torch_dtype: null
-  optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 1.0e-5}
-precision_policy: {optimizer: model.optimizer}
+  _target_: __main__.Module
+  optimizer: {{_target_: torch.optim.AdamW, _partial_: true, lr: 1.0e-5}}
+  scheduler: {{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 1}}
+  net:
+    _target_: transformers.AutoModelForCausalLM.from_pretrained
+    pretrained_model_name_or_path: {checkpoint}
+trainer: {{_target_: lightning.Trainer, accelerator: cpu, max_steps: 2, precision: 32-true, logger: false,
+          enable_checkpointing: false, enable_progress_bar: false, enable_model_summary: false}}
 """
 
 
 @pytest.mark.parametrize(("precision", "warnings"), [("32-true", 0), ("bf16-mixed", 0), ("bf16-true", 1)])
-def test_lightning(app, precision, warnings):
+def test_lightning(app, checkpoint, precision, warnings):
     """bf16-true recasts the model after the policy asked for fp32: the warning says that instead."""
-    run = app(LIGHTNING_CONFIG, LIGHTNING)("+precision_policy=on", f"precision={precision}")
-    assert "model.torch_dtype: unset -> float32" in run.log
+    train = app(LIGHTNING_CONFIG.format(checkpoint=checkpoint), LIGHTNING)
+    paths = ["precision_policy.model=model.net", "precision_policy.optimizer=model.optimizer"]
+    run = train("+precision_policy=on", *paths, f"trainer.precision={precision}")
+    assert "INFO model.net.torch_dtype: unset -> float32" in run.log
     assert run.log.count("WARNING") == warnings
     if warnings:
-        assert "model.torch_dtype=float32 asked for fp32 storage, but 2 of 2 tensors came in bf16" in run.log
+        assert "WARNING model.net.torch_dtype=float32 asked for fp32 storage, but 21 of 21 tensors came in bf16" in run.log
 
 
 ZEN = """
@@ -177,3 +182,33 @@ def test_a_sweep_whose_second_job_fails(app):
     run = app(CONFIG, code)("--multirun", "+precision_policy=on", "model.torch_dtype=auto,bfloat16", status=1)
     assert run.log.count("WARNING") == 2
     assert "second job" in run.err
+
+
+ONE_AFTER_ANOTHER = """
+import sys
+import hydra, torch
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
+
+before = torch.optim.Optimizer.__init__
+for option in ("warn", "strict", "off", "on"):
+    print("JOB", option, flush=True)
+    sys.argv[1:] = [f"+precision_policy={option}", "model.torch_dtype=bfloat16", "hydra.run.dir=out"]
+    try:
+        main()
+    except SystemExit as stopped:
+        print("STOPPED", stopped.code)
+    assert torch.optim.Optimizer.__init__ is before
+"""
+
+
+def test_two_policies_in_one_process(app):
+    """Each job is judged by its own option, whatever the one before it was."""
+    run = app(CONFIG, ONE_AFTER_ANOTHER)()
+    jobs = {part.split()[0]: part for part in run.out.split("JOB ")[1:]}
+    warned = {option: part.count("[precision_policy][WARNING]") for option, part in jobs.items()}
+    assert warned == {"warn": 1, "strict": 0, "off": 0, "on": 1}
+    assert "STOPPED 1" in jobs["strict"]
+    assert "Bf16AdamError: torch.optim.AdamW over bf16 weights" in run.err
