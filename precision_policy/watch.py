@@ -14,14 +14,15 @@ import functools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-from precision_policy import optimizers, ranks, report
+from precision_policy import optimizers, ranks, report, spawned
 
 _LOG = logging.getLogger("precision_policy")
 
@@ -44,13 +45,14 @@ class Watch:
     Args:
         asked: what the config asked for, and the fix to name.
         action: what an optimizer that would lose updates leads to.
+        said: what was said already, by a watch that this one goes on for.
     """
 
-    def __init__(self, asked: report.Asked, action: Literal["warn", "error"] = "warn") -> None:
+    def __init__(self, asked: report.Asked, action: Literal["warn", "error"] = "warn", said: Iterable[str] = ()) -> None:
         self._asked = asked
         self._action = action
         self._lock = threading.Lock()
-        self._said: set[str] = set()
+        self._said = set(said)
         self._wraps: list[tuple[type, str, Any, Any]] = []
 
     def arm(self) -> None:
@@ -61,7 +63,7 @@ class Watch:
             self._guarded(self._at_construction, optimizer)
 
         def started(process: BaseProcess, start: Callable[..., None]) -> None:
-            process._precision_policy_watch = self  # type: ignore[attr-defined]  # so that it is pickled with the process
+            self._guarded(setattr, process, "_precision_policy_watch", self)  # so that it is pickled with the process
             start(process)
 
         self._wrap(Optimizer, "__init__", constructed)
@@ -75,8 +77,8 @@ class Watch:
                 setattr(kind, name, original)
 
     def __reduce__(self) -> Any:
-        """In the process that it is unpickled in, it is armed, for as long as that process lives."""
-        return _armed, (self._asked, self._action, set(self._said))
+        """In the process that it is unpickled in, it is armed."""
+        return spawned.arm, (astuple(self._asked), self._action, set(self._said))
 
     def _wrap(self, kind: type, name: str, around: Callable[..., None]) -> None:
         original = getattr(kind, name)
@@ -135,13 +137,6 @@ class Watch:
             message = text()
             if message is not None:
                 _LOG.log(level, message, **kwargs)
-
-
-def _armed(asked: report.Asked, action: Literal["warn", "error"], said: set[str]) -> Watch:
-    watch = Watch(asked, action)
-    watch._said |= said
-    watch.arm()
-    return watch
 
 
 def _may_hold_low_precision(optimizer: Optimizer) -> bool:

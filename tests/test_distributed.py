@@ -112,3 +112,30 @@ def test_strict_in_a_process_that_the_job_starts(app):
     """The error stops it, and the job with it."""
     train = app(f"method: spawn\nparent_first: false\n{CONFIG}", SPAWN)
     assert "Bf16AdamError" in train("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1).err
+
+
+NO_TORCH = """
+import multiprocessing, sys
+import hydra
+
+def work(method):
+    print(method, "torch" in sys.modules, flush=True)
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    assert "torch" in sys.modules  # the policy is armed
+    for method in ("spawn", "forkserver"):
+        process = multiprocessing.get_context(method).Process(target=work, args=(method,))
+        process.start()
+        process.join()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_worker_without_torch_is_not_made_to_import_it(app):
+    """A pool that prepares data pays nothing for the watch."""
+    run = app(CONFIG, NO_TORCH)("+precision_policy=on")
+    assert "spawn False" in run.out
+    assert "forkserver False" in run.out

@@ -1,8 +1,10 @@
 """The same decision, seen in every way in which Hydra runs a job."""
 
+import inspect
 import subprocess
 import sys
 
+import hydra
 import pytest
 import yaml
 from conftest import CONFIG, ENVIRONMENT
@@ -156,3 +158,14 @@ def test_python_m(app):
     command = [sys.executable, "-m", "package.train", "+precision_policy=on", "hydra.run.dir=out"]
     finished = subprocess.run(command, cwd=train.folder, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert LINE[5:] in finished.stdout
+
+
+@pytest.mark.skipif("execution_whitelist" not in inspect.signature(hydra.main).parameters, reason="of Hydra 1.4")
+@pytest.mark.parametrize(("allowed", "status"), [(["torch.*", "precision_policy.*"], 0), (["torch.*"], 1)])
+def test_execution_whitelist(app, allowed, status):
+    """As the README says, an application that has one must add the policy's callback to it."""
+    from conftest import TRAIN
+
+    code = TRAIN.replace('version_base="1.3"', f"execution_whitelist={allowed}")
+    run = app(code=code)("+precision_policy=on", status=status)
+    assert ("precision_policy.job.JobCallback" in run.err) is bool(status)
