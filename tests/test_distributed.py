@@ -62,6 +62,22 @@ def test_bf16_storage(app, way, processes):
 
 
 @pytest.mark.once
+def test_zero_redundancy_optimizer(app):
+    """Judged by what it shards: the AdamW inside, which has this rank's parameters alone."""
+    sharded = [
+        "optimizer._target_=torch.distributed.optim.ZeroRedundancyOptimizer",
+        "+optimizer.optimizer_class={_target_:hydra.utils.get_class,path:torch.optim.AdamW}",
+    ]
+    train = app(f"way: ddp\n{CONFIG}", CODE)
+    run = train("+precision_policy=on", *sharded, "model.torch_dtype=bfloat16", python=torchrun(2))
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "WARNING"]
+    assert "WARNING torch.optim.AdamW over bf16 weights" in run.log
+    run = train("+precision_policy=on", *sharded, python=torchrun(2))
+    assert "INFO model.torch_dtype: auto -> float32: torch.optim.AdamW keeps no fp32 master copy" in run.log
+    assert "WARNING" not in run.log
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-bf16", "fsdp1", "fsdp1-orig"])
 def test_fp32_storage(app, way):
     """What the policy set stays fp32 in the optimizer's hands, a bf16 MixedPrecisionPolicy included: silence."""
