@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,11 +25,17 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         SettingError: a setting that cannot be right.
     """
-    settings = parse(_given(cfg.precision_policy))
+    given = _given(cfg.precision_policy)
+    settings = parse(given)
     record: dict[str, Any] = {**settings.as_dict(), "decision": None}
     if settings.enabled:
         decisions: dict[str | None, Any] = {}
+        saved = given.get("decision") or {}
         for name, pair in settings.each_pair().items():
+            kept = saved if name is None else saved.get(name)
+            if kept and _still_holds(cfg, kept):
+                decisions[name] = kept
+                continue
             decision = decide(_facts(cfg, settings, pair, overrides))
             if decision.rule == "set":
                 _set(cfg, decision)
@@ -42,6 +48,11 @@ def _given(node: DictConfig) -> dict[str, Any]:
     """What was set; ``???`` stands for a setting that was left alone."""
     given = {key: node[key] for key in tree.keys(node) if not tree.is_missing(node, key)}
     return {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in given.items()}
+
+
+def _still_holds(cfg: DictConfig, decision: Mapping[str, Any]) -> bool:
+    """Whether a saved config, run again by hand or by a launcher for each further rank, still has what the policy set."""
+    return decision.get("rule") == "set" and tree.at(cfg, decision["key"]) == decision["after"]
 
 
 def spelled(path: str, overrides: Sequence[str], there: bool) -> str:

@@ -8,6 +8,8 @@ import sys
 # The launchers that set them: torchrun and accelerate; Open MPI; MPICH, Intel MPI; PMIx; Slurm. Slurm is last because a
 # torchrun that Slurm starts on every node sets RANK too, and RANK is then the one that counts processes.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+# Lightning starts its further ranks with these alone.
+_PARTIAL_VARIABLES = ("LOCAL_RANK", "NODE_RANK")
 
 
 def is_rank_zero() -> bool:
@@ -22,4 +24,4 @@ def is_rank_zero() -> bool:
         rank = os.environ.get(name, "")
         if rank.strip().isdigit():
             return int(rank) == 0
-    return True
+    return all(os.environ.get(name, "").strip() in ("", "0") for name in _PARTIAL_VARIABLES)

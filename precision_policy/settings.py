@@ -157,8 +157,11 @@ def parse(raw: Mapping[str, Any]) -> Settings:
         fits, fix = _CHECKS[key]
         if not fits(value):
             raise SettingError(f"precision_policy.{key}", value, "not a value that this setting takes", fix)
-    settings = Settings(**given, chosen=frozenset(given))
-    return replace(settings, monitor={"every": 0, **settings.monitor})
+    settings = Settings(**given)
+    # A job's saved config that is run again has every setting in it, whoever set it.
+    saved = raw.get("decision") is not None
+    chosen = frozenset(key for key, value in given.items() if not saved or value != getattr(Settings, key, None))
+    return replace(settings, monitor={"every": 0, **settings.monitor}, chosen=chosen)
 
 
 def unknown(key: str, value: object, names: Iterable[str] = NAMES) -> SettingError:

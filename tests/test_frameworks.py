@@ -143,6 +143,18 @@ def test_lightning(app, checkpoint, precision, warnings):
         assert "WARNING model.net.torch_dtype=float32 asked for fp32 storage, but 21 of 21 tensors came in bf16" in run.log
 
 
+def test_lightning_ddp(app, checkpoint):
+    """Lightning starts its second rank from the first one's saved config: the same decision, and one voice."""
+    train = app(LIGHTNING_CONFIG.format(checkpoint=checkpoint), LIGHTNING)
+    paths = ["precision_policy.model=model.net", "precision_policy.optimizer=model.optimizer"]
+    on = train("+precision_policy=on", *paths, "+trainer.strategy=ddp", "+trainer.devices=2")
+    assert [line.split()[0] for line in on.log.splitlines()] == ["INFO"]
+    assert "model.net.torch_dtype: unset -> float32" in on.log
+    insists = ["+model.net.torch_dtype=bfloat16", "+trainer.strategy=ddp", "+trainer.devices=2"]
+    run = train("+precision_policy=on", *paths, *insists)
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "WARNING"]
+
+
 ZEN = """
 import torch
 from hydra_zen import builds, store, zen

@@ -48,10 +48,13 @@ def test_torchrun(app):
         ({"OMPI_COMM_WORLD_RANK": "1"}, False),
         ({"RANK": "0", "SLURM_PROCID": "1"}, True),
         ({"RANK": ""}, True),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "1"}, True),
     ],
 )
 def test_environment(monkeypatch, environment, zero):
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "LOCAL_RANK", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -48,6 +48,17 @@ def test_sweep(app, launcher):
     check_sweep(app(), *launcher)
 
 
+def test_a_saved_config_runs_again(app):
+    """What a job saved, policy and decision included, is a config like any other."""
+    train = app()
+    first = train("+precision_policy=on").config
+    again = train("--config-path", str(train.folder / "out/.hydra"), "--config-name", "config")
+    assert again.config == first
+    assert again.log == LINE
+    other = train("--config-path", str(train.folder / "out/.hydra"), "--config-name", "config", "model.torch_dtype=bfloat16")
+    assert other.config["precision_policy"]["decision"]["rule"] == "explicit_dtype"
+
+
 def test_cfg_job(app):
     """``--cfg job`` shows what the job would get, and its package reads well as it stands."""
     train = app()
