@@ -3,6 +3,8 @@
 python benchmarks/overhead.py
 """
 
+import contextlib
+import functools
 import gc
 import logging
 import statistics
@@ -26,8 +28,11 @@ trainer: {steps: 1000, precision: bf16-mixed}
 """
 
 
-def ratio(name: str, base, other, repeats: int = 301, inner: int = 1) -> None:
-    """Print the median of paired ratios, the order swapped each time, and its spread."""
+def ratio(name: str, base, other, repeats: int = 301, inner: int = 1, setting=contextlib.nullcontext) -> None:
+    """Print the median of paired ratios, the order swapped each time, and its spread.
+
+    ``setting`` is entered around ``other``; entering it and a first call within it are not timed, for either of the two.
+    """
     for work in (base, other):
         work()
     ratios = []
@@ -36,10 +41,13 @@ def ratio(name: str, base, other, repeats: int = 301, inner: int = 1) -> None:
     for number in range(repeats):
         times = {}
         for work in (base, other) if number % 2 else (other, base):
-            begun = time.perf_counter()
-            for _ in range(inner):
-                work()
-            times[work] = time.perf_counter() - begun
+            with setting() if work is other else contextlib.nullcontext():
+                if setting is not contextlib.nullcontext:
+                    work()
+                begun = time.perf_counter()
+                for _ in range(inner):
+                    work()
+                times[work] = time.perf_counter() - begun
         ratios.append(times[other] / times[base])
     gc.enable()
     quarters = statistics.quantiles(ratios, n=4)
@@ -62,20 +70,19 @@ def composition() -> None:
 def construction() -> None:
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(10_000)]
     make = lambda: torch.optim.AdamW(params, lr=1e-5)
+    watch = Watch(Asked("model.torch_dtype=float32"))
 
+    @contextlib.contextmanager
     def armed():
         watch.arm()
-        try:
-            make()
-        finally:
-            watch.disarm()
+        yield
+        watch.disarm()
 
     def by_hand():
         _WARNED_CONTEXTS.clear()
         warn_if_torch_adam_with_bf16_params(make())
 
-    watch = Watch(Asked("model.torch_dtype=float32"))
-    ratio("constructing AdamW over 10,000 parameters, armed", make, armed)
+    ratio("constructing AdamW over 10,000 parameters, armed", make, functools.partial(make), inner=3, setting=armed)
     ratio("the same with the check called by hand", make, by_hand)
 
 

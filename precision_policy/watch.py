@@ -26,9 +26,9 @@ from precision_policy import optimizers, ranks, report, spawned
 
 _LOG = logging.getLogger("precision_policy")
 
-# Reading every dtype of 10,000 parameters takes a tenth of the time that constructing their optimizer takes. Beyond this
-# many, construction looks at an even sample, and the first step looks at all.
-_AT_CONSTRUCTION = 128
+# Reading every dtype of 10,000 parameters takes a tenth of the time that constructing their optimizer takes. Of a group of
+# more than the first number, construction looks at the second number, evenly spread, and the first step looks at all.
+_ALL_UP_TO, _ELSE = 512, 64
 
 
 class Bf16AdamError(RuntimeError):
@@ -145,10 +145,10 @@ def _may_hold_low_precision(optimizer: Optimizer) -> bool:
 
 
 def _some(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    if len(params) <= _AT_CONSTRUCTION:
+    if len(params) <= _ALL_UP_TO:
         return params
     # Two strides without a common factor: layers repeat, and one stride alone could meet nothing but their biases.
-    stride = 2 * len(params) // _AT_CONSTRUCTION
+    stride = 2 * len(params) // _ELSE
     return params[::stride] + params[1 :: stride + 1]
 
 
