@@ -86,12 +86,15 @@ def main() -> None:
         for python in (with_it, without):
             start(python, script)
         # Alternating, and the order swapped each time: the machine's own drift falls on both alike.
-        ratios = []
+        seconds: dict[Path, list[float]] = {with_it: [], without: []}
         for number in range(repeats):
-            first, second = (with_it, without) if number % 2 else (without, with_it)
-            seconds = {first: start(first, script)} | {second: start(second, script)}
-            ratios.append(seconds[with_it] / seconds[without])
-        print(f"start-up of an application with the plugin installed, processor time as a ratio to without: {spread(ratios)}")
+            for python in (with_it, without) if number % 2 else (without, with_it):
+                seconds[python].append(start(python, script))
+        ratio = statistics.median(seconds[with_it]) / statistics.median(seconds[without])
+        print(
+            f"start-up of an application, processor time, ms\n  with the plugin     {spread([1e3 * s for s in seconds[with_it]])}"
+        )
+        print(f"  without             {spread([1e3 * s for s in seconds[without]])}\n  ratio               {ratio:.4f}")
 
 
 if __name__ == "__main__":
