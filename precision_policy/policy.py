@@ -32,8 +32,8 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
         decisions: dict[str | None, Any] = {}
         saved = given.get("decision") or {}
         for name, pair in settings.each_pair().items():
-            kept = saved if name is None else saved.get(name)
-            if kept and _still_holds(cfg, kept):
+            kept = saved if name is None else saved.get(name, {})
+            if _still_holds(cfg, kept):
                 decisions[name] = kept
                 continue
             decision = decide(_facts(cfg, settings, pair, overrides))
@@ -45,9 +45,21 @@ def apply(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _given(node: DictConfig) -> dict[str, Any]:
-    """What was set; ``???`` stands for a setting that was left alone."""
-    given = {key: node[key] for key in tree.keys(node) if not tree.is_missing(node, key)}
-    return {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in given.items()}
+    """What was set; ``???`` stands for a setting that was left alone.
+
+    Raises:
+        SettingError: an interpolation leads nowhere.
+    """
+    given = {}
+    for key in tree.keys(node):
+        if tree.is_missing(node, key):
+            continue
+        value = tree.value(node, key)
+        if value is tree.ABSENT:
+            problem, fix = "it cannot be resolved", "Point it at something that the config has."
+            raise SettingError(f"precision_policy.{key}", tree.plain(node, key), problem, fix)
+        given[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return given
 
 
 def _still_holds(cfg: DictConfig, decision: Mapping[str, Any]) -> bool:

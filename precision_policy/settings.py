@@ -150,6 +150,8 @@ def parse(raw: Mapping[str, Any]) -> Settings:
     Raises:
         SettingError: an unknown key, or a value outside what its key may hold.
     """
+    if not isinstance(raw.get("decision"), (Mapping, type(None))):
+        raise SettingError("precision_policy.decision", raw["decision"], "the policy fills this in", "Leave it out.")
     given = {key: value for key, value in raw.items() if key != "decision"}
     for key, value in given.items():
         if key not in _CHECKS:

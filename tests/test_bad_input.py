@@ -18,6 +18,7 @@ import pytest
         (["+precision_policy=on", "precision_policy.model=nett"], ["precision_policy.model=nett", "model, optimizer"]),
         (["+precision_policy=on", "precision_policy.model=optimizer.lr"], ["optimizer.lr holds no mapping"]),
         (["+precision_policy=on", "precision_policy.optimizer=optimizer.lr"], ["neither a mapping nor a name"]),
+        (["+precision_policy=on", "precision_policy.decision=set"], ["precision_policy.decision=set", "Leave it out"]),
         (["+precision_policy=on", "precision_policy.peft=lora"], ["precision_policy.peft=lora", "model, optimizer"]),
         (["+precision_policy=on", "precision_policy.pairs={a:{optimizer:x}}"], ["precision_policy.pairs", "model: PATH"]),
     ],
@@ -29,6 +30,13 @@ def test_message(app, arguments, words):
     assert run.out == ""
     for word in words:
         assert word in run.err
+
+
+def test_a_setting_that_leads_nowhere(app):
+    """In the application's own config; on the command line Hydra itself refuses it."""
+    run = app("precision_policy: {model: '${nowhere}'}")("+precision_policy=on", status=1)
+    assert "precision_policy.model=${nowhere}: it cannot be resolved" in run.err
+    assert "Traceback" not in run.err
 
 
 def test_in_a_sweep(app):
