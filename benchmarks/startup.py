@@ -7,7 +7,9 @@ Makes two environments, with the wheel and without it, alike otherwise. All of o
 
 import json
 import os
+import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,6 +60,14 @@ def start(python: Path, script: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def instructions(python: Path, script: Path) -> int:
+    """One start, counted: the timings' noise is as large as what they are to show."""
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(python), str(script), "hydra.run.dir=out"]
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    run = subprocess.run(command, check=True, cwd=script.parent, env=environment, capture_output=True, text=True)
+    return int(re.search(r"Collected : (\d+)", run.stderr)[1])
+
+
 def spread(values: list[float]) -> str:
     quarters = statistics.quantiles(values, n=4)
     return f"{statistics.median(values):.4g} (quartiles {quarters[0]:.4g} to {quarters[2]:.4g})"
@@ -95,6 +105,10 @@ def main() -> None:
             f"start-up of an application, processor time, ms\n  with the plugin     {spread([1e3 * s for s in seconds[with_it]])}"
         )
         print(f"  without             {spread([1e3 * s for s in seconds[without]])}\n  ratio               {ratio:.4f}")
+
+        if shutil.which("valgrind"):
+            counted = [instructions(python, script) for python in (with_it, without)]
+            print(f"  in instructions     {counted[0]:,} / {counted[1]:,} = {counted[0] / counted[1]:.4f}")
 
 
 if __name__ == "__main__":
