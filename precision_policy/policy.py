@@ -193,7 +193,8 @@ def _room(model: DictConfig, keys: tuple[str, ...]) -> Room:
         return Room(None, f"{node}._target_ is not known before the job runs, so no dtype key was added")
     from precision_policy.signature import room_in  # inspect and friends, for the few configs that come this far
 
-    return room_in(target, node, keys)
+    room = room_in(target, tuple(key.rpartition(".")[2] for key in keys))
+    return room if room.path is None else Room(tree.key(parent, room.path))
 
 
 def _set(cfg: DictConfig, decision: Decision) -> None:

@@ -11,16 +11,15 @@ from precision_policy import targets
 from precision_policy.decision import Room
 
 
-def room_in(target: str, node_path: str, keys: tuple[str, ...]) -> Room:
-    """Where a dtype key can be added to the node at ``node_path`` that calls ``target``.
+def room_in(target: str, keys: tuple[str, ...]) -> Room:
+    """Which dtype key, if any, can be added to a node that calls ``target``; the path is the key's bare name.
 
     Args:
         target: dotted path of the callable. It is imported, unless its last part alone answers.
-        node_path: dotted path of the config node.
         keys: the names to look for, the one to add to a ``**kwargs`` last.
     """
     if targets.is_factory(target):
-        return Room(f"{node_path}.{keys[-1]}")
+        return Room(keys[-1])
     if target.startswith("torch."):
         return Room(None, f"{target} takes a torch.dtype at most, not its name, so no dtype key was added")
     try:
@@ -33,9 +32,9 @@ def room_in(target: str, node_path: str, keys: tuple[str, ...]) -> Room:
         if parameter.name in keys:
             if _takes_only_objects(parameter):
                 return Room(None, f"{target} takes a torch.dtype, not its name, so no dtype key was added")
-            return Room(f"{node_path}.{parameter.name}")
+            return Room(parameter.name)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return Room(f"{node_path}.{keys[-1]}")
+        return Room(keys[-1])
     return Room(None, f"{target} takes neither {' nor '.join(keys)}, and adding one would crash it")
 
 

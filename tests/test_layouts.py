@@ -233,6 +233,29 @@ def test_the_fix_where_no_key_is_known(app):
     assert "fix: model.torch_dtype=float32" in run.out
 
 
+@pytest.mark.parametrize(
+    ("config", "line", "key"),
+    [
+        ("_target_: no.such.Model.from_pretrained", "precision_policy.model=.", "torch_dtype"),
+        (
+            "model: {args: {_target_: no.such.Model.from_pretrained}}",
+            "precision_policy.dtype_key=args.torch_dtype",
+            "model.args.torch_dtype",
+        ),
+        (
+            "model: {args: {_target_: builtins.dict}}",
+            "precision_policy.dtype_key=args.policy_dtype",
+            None,
+        ),
+    ],
+)
+def test_where_an_absent_key_is_added(compose, config, line, key):
+    """At the root and below the model node too, the key stands beside the target that takes it."""
+    cfg = compose(f"{config}\noptimizer: {ADAMW}", "+precision_policy=on", *line.split())
+    assert cfg.precision_policy.decision.key == key
+    assert key is None or OmegaConf.select(cfg, key) == "float32"
+
+
 # Modelled on what the survey found: whole trees, a line, and the outcome.
 TREES = {
     "Lightning template": (
