@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's package, where none is installed
 
-from precision_policy.estimate import histogram
+from precision_policy.estimate.histogram import histogram
 
 
 def seconds(work, on_gpu: bool, repeats: int = 15) -> tuple[float, float]:

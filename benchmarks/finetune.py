@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's package, where none is installed
 
-from precision_policy.estimate import lost_updates
+from precision_policy.estimate.histogram import lost_updates
 
 FULL = {"layers": 12, "width": 768, "heads": 12, "length": 512, "batch": 16, "pretrain": 3000, "steps": 300, "seeds": 3}
 SMALL = {"layers": 2, "width": 96, "heads": 4, "length": 64, "batch": 8, "pretrain": 250, "steps": 48, "seeds": 3}

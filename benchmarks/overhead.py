@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from precision_policy.monitor import Monitor
+from precision_policy.job.monitor import Monitor
+from precision_policy.job.plan import Plan
+from precision_policy.job.watch import Watch
 from precision_policy.precision_warnings import _WARNED_CONTEXTS, warn_if_torch_adam_with_bf16_params
-from precision_policy.report import Asked
-from precision_policy.watch import Watch
 
 CONFIG = """
 model: {_target_: transformers.AutoModelForCausalLM.from_pretrained, torch_dtype: auto}
@@ -70,7 +70,7 @@ def composition() -> None:
 def construction() -> None:
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(10_000)]
     make = lambda: torch.optim.AdamW(params, lr=1e-5)
-    watch = Watch(Asked("model.torch_dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32"))
 
     @contextlib.contextmanager
     def armed():
@@ -94,7 +94,7 @@ def steps() -> None:
         return torch.optim.AdamW(params, lr=1e-5)
 
     plain = optimizer()
-    watch = Watch(Asked("model.torch_dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32"))
     watch.arm()
     watched = optimizer()
     watched.step()  # the look before the first step, which removes itself

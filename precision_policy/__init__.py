@@ -6,13 +6,18 @@ The functions here are for code that calls the policy by hand; ``+precision_poli
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from precision_policy.estimate.histogram import lost_updates
     from precision_policy.precision_warnings import resolve_storage_dtype, warn_if_torch_adam_with_bf16_params
 
-__all__ = ["resolve_storage_dtype", "warn_if_torch_adam_with_bf16_params"]
+__all__ = ["lost_updates", "resolve_storage_dtype", "warn_if_torch_adam_with_bf16_params"]
 
 
 def __getattr__(name: str) -> Any:
     # On demand: every Hydra application on the machine imports this package when Hydra discovers its plugins.
+    if name == "lost_updates":
+        from precision_policy.estimate.histogram import lost_updates
+
+        return lost_updates
     if name in __all__:
         from precision_policy import precision_warnings
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from precision_policy.checkpoint import CheckpointError, Summary, summarize
-from precision_policy.estimate import Histogram
+from precision_policy.estimate.checkpoint import CheckpointError, Summary, summarize
+from precision_policy.estimate.histogram import Histogram
 
 _FACTORS = (10, 3, 1, 0.3, 0.1)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from precision_policy import ranks, targets
+from precision_policy.composition import targets
+from precision_policy.job import ranks
 
 if TYPE_CHECKING:  # importing torch takes a second, and every Hydra application on the machine imports this module
     import torch
@@ -105,9 +106,9 @@ def _get_cfg_attr(cfg: Any, key: str) -> Any:
 def _set_cfg_attr(cfg: Any, key: str, value: Any) -> None:
     """Set a key of a mapping or an attribute of an object."""
     if isinstance(cfg, DictConfig):
-        from precision_policy import tree
+        from precision_policy.composition import config_tree
 
-        tree.write(cfg, key, value)
+        config_tree.write(cfg, key, value)
     elif isinstance(cfg, MutableMapping):
         cfg[key] = value
     else:
@@ -149,7 +150,9 @@ def _has_trainable_bf16_param(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether any parameter that requires grad is stored in bf16."""
     import torch
 
-    return any(parameter.requires_grad and parameter.dtype is torch.bfloat16 for parameter in parameters)
+    from precision_policy.estimate.parameters import trainable
+
+    return bool(trainable(parameters, (torch.bfloat16,)))
 
 
 def _each(optimizer: Any) -> Iterable[Any]:

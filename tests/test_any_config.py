@@ -97,7 +97,13 @@ TREES = st.tuples(TREES, st.booleans()).map(
 
 
 def composed(*overrides: str):
-    return OmegaConf.to_container(hydra_compose("any", overrides=list(overrides)), resolve=False)
+    """The config and its Hydra node, where the record stands if the root has a target."""
+    cfg = hydra_compose("any", overrides=list(overrides), return_hydra_config=True)
+    hydra = {"precision_policy": None}
+    content = cfg.hydra.__dict__["_content"]
+    if "precision_policy" in content:
+        hydra = {"precision_policy": OmegaConf.to_container(content["precision_policy"])}
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=False), hydra
 
 
 def leaves(node, path=""):
@@ -136,18 +142,18 @@ def test_never_harm(initialized, shard, tree, option, chosen):
     """No error but the documented ones; two configs that differ in the decided key and the policy's node alone."""
     ConfigStore.instance().store("any", tree, **REPLACE)
     try:
-        before = composed()
+        before, _ = composed()
     except Exception:
         return  # not a config
     places = [*sorted(paths(tree)), "nowhere"]
     overrides = [f"precision_policy.{key}={places[number % len(places)]}" for key, number in chosen.items()]
     try:
-        after = composed(f"+precision_policy={option}", *overrides)
+        after, hydra = composed(f"+precision_policy={option}", *overrides)
     except ConfigCompositionException as error:
         if any(str(error).startswith(f"{override}: ") for override in overrides):
             return  # a path that cannot be right
         raise
-    decision = after.pop("precision_policy")["decision"]
+    decision = (after if "precision_policy" in after else hydra).pop("precision_policy")["decision"]
     old, new = leaves(before), leaves(after)
     changed = {path for path in old.keys() | new.keys() if old.get(path, KeyError) != new.get(path, KeyError)}
     if decision["rule"] != "set":

@@ -75,4 +75,6 @@ def test_plain_key_instead_of_the_option(app, value):
 def test_unquoted_on_in_a_defaults_list(app):
     """Hydra itself refuses it; nothing runs without the policy."""
     run = app("defaults:\n  - precision_policy: on\n  - _self_\n")(status=1)
-    assert "bool" in run.err
+    assert "In config: - precision_policy: true is no option of the policy" in run.err
+    assert 'precision_policy: "on", quoted' in run.err
+    assert "Traceback" not in run.err

@@ -32,7 +32,7 @@ AUTO = "model: {torch_dtype: auto}\n"
         (AUTO + ADAMW, "set"),
         ("model: {torch_dtype: null}\n" + ADAMW, "set"),
         ("model: {dtype: auto}\n" + ADAMW, "set"),
-        ("model: {}\n" + ADAMW, "set"),
+        ("model: {}\n" + ADAMW, "no_dtype_key"),
         ("model: {_target_: transformers.AutoModelForCausalLM.from_pretrained}\n" + ADAMW, "set"),
         ("model: {_target_: no.such.Model.from_config}\n" + ADAMW, "set"),
         (AUTO + "optimizer: {_target_: torch.optim.sgd.SGD}", "set"),
@@ -59,11 +59,14 @@ def test_set_writes_one_key_and_nothing_else(compose):
     decision = on.pop("precision_policy")["decision"]
     off["model"]["torch_dtype"] = "float32"
     assert on == off
-    assert {key: decision[key] for key in ("rule", "key", "before", "after")} == {
+    assert {key: decision[key] for key in ("rule", "key", "before", "after", "fix", "fp32", "added")} == {
         "rule": "set",
         "key": "model.torch_dtype",
         "before": "auto",
         "after": "float32",
+        "fix": "model.torch_dtype=float32",
+        "fp32": True,
+        "added": False,
     }
     assert decision["reason"] == "torch.optim.AdamW keeps no fp32 master copy (keep bf16: model.torch_dtype=bfloat16)"
 
@@ -74,7 +77,7 @@ def test_set_writes_one_key_and_nothing_else(compose):
         ("{torch_dtype: auto}", "torch_dtype"),
         ("{dtype: null}", "dtype"),
         ("{torch_dtype: null, dtype: auto}", "dtype"),
-        ("{name: gpt2}", "torch_dtype"),
+        ("{name: gpt2}", None),
         ("{_target_: transformers.AutoModelForCausalLM.from_pretrained}", "torch_dtype"),
         ("{_target_: target_models.TakesDtype}", "dtype"),
         ("{_target_: target_models.TakesTorchDtype}", "torch_dtype"),

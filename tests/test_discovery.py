@@ -5,7 +5,7 @@ import sys
 
 from conftest import ENVIRONMENT
 
-HEAVY = "{'torch', 'numpy', 'transformers', 'precision_policy.policy', 'precision_policy.watch'}"
+HEAVY = "{'torch', 'numpy', 'transformers', 'precision_policy.composition.applying', 'precision_policy.job.watch'}"
 DISCOVER = f"""
 import sys
 from hydra.core.plugins import Plugins
@@ -38,7 +38,10 @@ def test_a_job_without_the_policy_imports_none_of_it(app):
         "import hydra, sys\n@hydra.main(version_base='1.3', config_path='conf', config_name='config')\n"
         "def main(cfg):\n    print(sorted(name for name in sys.modules if name.startswith(('precision_policy', 'torch'))))\nmain()\n"
     )
-    assert app(code=code)().out.strip() == "['precision_policy', 'precision_policy.conf', 'precision_policy.hydra_hook']"
+    assert (
+        app(code=code)().out.strip()
+        == "['precision_policy', 'precision_policy.composition', 'precision_policy.composition.hydra_hook', 'precision_policy.conf']"
+    )
 
 
 def test_the_package_itself_is_light():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precision_policy.estimate import FORMATS, Histogram, histogram, lost_updates
+from precision_policy.estimate.histogram import FORMATS, Histogram, histogram, lost_updates
 
 pytestmark = pytest.mark.once
 BITS = {torch.bfloat16: 8, torch.float16: 11}

@@ -137,10 +137,18 @@ def test_lightning(app, checkpoint, precision, warnings):
     train = app(LIGHTNING_CONFIG.format(checkpoint=checkpoint), LIGHTNING)
     paths = ["precision_policy.model=model.net", "precision_policy.optimizer=model.optimizer"]
     run = train("+precision_policy=on", *paths, f"trainer.precision={precision}")
-    assert "INFO model.net.torch_dtype: unset -> float32" in run.log
+    assert "INFO precision_policy=on: model.net.torch_dtype: unset -> float32" in run.log
     assert run.log.count("WARNING") == warnings
+    if not warnings:
+        computed = "fp32" if precision == "32-true" else "bf16"
+        assert f"21 trainable tensors, 492,160 elements: stored in fp32, computed in {computed}" in run.log
     if warnings:
-        assert "WARNING model.net.torch_dtype=float32 asked for fp32 storage, but 21 of 21 tensors came in bf16" in run.log
+        assert "in the config: trainer.precision=32-true" in run.out
+    if warnings:
+        assert (
+            "WARNING precision_policy=on: model.net.torch_dtype=float32 asked for fp32 storage, but 21 of 21 tensors came in bf16"
+            in run.log
+        )
 
 
 def test_lightning_ddp(app, checkpoint):
@@ -148,7 +156,8 @@ def test_lightning_ddp(app, checkpoint):
     train = app(LIGHTNING_CONFIG.format(checkpoint=checkpoint), LIGHTNING)
     paths = ["precision_policy.model=model.net", "precision_policy.optimizer=model.optimizer"]
     on = train("+precision_policy=on", *paths, "+trainer.strategy=ddp", "+trainer.devices=2")
-    assert [line.split()[0] for line in on.log.splitlines()] == ["INFO"]
+    assert [line.split()[0] for line in on.log.splitlines()] == ["INFO", "INFO"]
+    assert "21 trainable tensors, 492,160 elements: stored in fp32, computed in fp32" in on.log
     assert "model.net.torch_dtype: unset -> float32" in on.log
     insists = ["+model.net.torch_dtype=bfloat16", "+trainer.strategy=ddp", "+trainer.devices=2"]
     run = train("+precision_policy=on", *paths, *insists)
@@ -223,4 +232,4 @@ def test_two_policies_in_one_process(app):
     warned = {option: part.count("[precision_policy][WARNING]") for option, part in jobs.items()}
     assert warned == {"warn": 1, "strict": 0, "off": 0, "on": 1}
     assert "STOPPED 1" in jobs["strict"]
-    assert "Bf16AdamError: torch.optim.AdamW over bf16 weights" in run.err
+    assert "Bf16AdamError: precision_policy=strict: torch.optim.AdamW over bf16 weights" in run.err

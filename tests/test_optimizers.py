@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from precision_policy import optimizers
-from precision_policy.monitor import Monitor
-from precision_policy.report import Asked
-from precision_policy.watch import Watch
+from precision_policy.job import optimizers
+from precision_policy.job.monitor import Monitor
+from precision_policy.job.plan import Plan
+from precision_policy.job.watch import Watch
 
 pytestmark = pytest.mark.once
 
@@ -20,7 +20,7 @@ def weights(dtype=torch.bfloat16):
 @pytest.fixture
 def said(caplog):
     caplog.set_level(logging.INFO, "precision_policy")
-    watch = Watch(Asked("net.dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="net.dtype=float32"))
     watch.arm()
     yield lambda level="WARNING": [
         r.getMessage() for r in caplog.records if r.levelname == level and r.name == "precision_policy"
@@ -35,7 +35,7 @@ def test_optimi(said):
     optimi.SGD(weights(), lr=1e-5, kahan_sum=False)
     assert said() == []
     optimi.AdamW(weights(), lr=1e-5, kahan_sum=False)
-    assert said()[0].startswith("optimi.adamw.AdamW over bf16 weights")
+    assert said()[0].startswith("precision_policy=on: optimi.adamw.AdamW over bf16 weights")
 
 
 def test_torchao(said):
@@ -140,7 +140,7 @@ def test_monitor(caplog, every):
         optimizer.step()
         share = 100 * (param == before).double().mean().item()
         if caplog.records and every == 1:
-            told = float(caplog.records[-1].getMessage().split(": ")[1].split(" %")[0])
+            told = float(caplog.records[-1].getMessage().split(": ")[2].split("%")[0])
             assert told == pytest.approx(share, abs=1.0)
     monitor.stop()
     optimizer.step()
@@ -152,4 +152,7 @@ def test_monitor(caplog, every):
 
 def test_monitor_in_a_job(app):
     run = app()("+precision_policy=on", "precision_policy.monitor.every=1")
-    assert "INFO step 1: 0.0 % of a sample of 64 weights left unchanged by torch.optim.AdamW at lr 1e-05" in run.log
+    assert (
+        "INFO precision_policy=on: step 1: 0.0% of a sample of 64 weights left unchanged by torch.optim.AdamW at lr 1e-05"
+        in run.log
+    )

@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import CONFIG
 
-from precision_policy.ranks import is_rank_zero
+from precision_policy.job.ranks import is_rank_zero
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -13,8 +13,8 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from precision_policy.report import Asked
-from precision_policy.watch import Bf16AdamError, Watch
+from precision_policy.job.plan import Plan
+from precision_policy.job.watch import Bf16AdamError, Watch
 
 
 def weights(dtype=torch.bfloat16, count=1, requires_grad=True):
@@ -36,7 +36,7 @@ def said(caplog):
 
 @pytest.fixture
 def armed():
-    watch = Watch(Asked("net.dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="net.dtype=float32"))
     watch.arm()
     yield watch
     watch.disarm()
@@ -47,13 +47,16 @@ def test_says_what_it_must(armed, said):
     torch.optim.AdamW(weights(count=3), lr=1e-5, weight_decay=0.01)
     (text,) = said()
     first, *rest = text.splitlines()
-    assert len(first) < 100
+    assert len(first) < 124
+    assert first.startswith("precision_policy=on: ")
     assert "torch.optim.AdamW" in first
     assert "100.0%" in first
     assert any("3 trainable tensors (48 elements)" in line for line in rest)
     assert any("inert" in line for line in rest)
     assert "fp32 storage adds: weights 96 B, gradients 96 B, optimizer state 192 B" in text
-    assert rest[-1].strip().startswith("fix: net.dtype=float32")
+    assert rest[0] == "  fix: net.dtype=float32"
+    assert rest[1] == "  or keep bf16 with a compensating optimizer: torch-optimi, with Kahan summation  (adds 96 B)"
+    assert "activations double too" in text
 
 
 class Mine(torch.optim.AdamW):
@@ -89,7 +92,7 @@ def test_once_per_job(armed, said):
 
 def test_a_second_job_warns_again(said):
     for _ in range(2):
-        watch = Watch(Asked("x=float32"))
+        watch = Watch(Plan("precision_policy=on", fix="x=float32"))
         watch.arm()
         torch.optim.AdamW(weights(), lr=1e-5)
         watch.disarm()
@@ -99,7 +102,7 @@ def test_a_second_job_warns_again(said):
 
 def test_torch_is_as_it_was(said):
     before = torch.optim.Optimizer.__init__
-    watch = Watch(Asked("x=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="x=float32"))
     watch.arm()
     assert torch.optim.Optimizer.__init__ is not before
     optimizer = torch.optim.AdamW(weights(), lr=1e-5)
@@ -115,7 +118,7 @@ def test_torch_is_as_it_was(said):
 def test_someone_wrapped_on_top(said):
     """Their wrapper stays; the watch in it sleeps."""
     before = torch.optim.Optimizer.__init__
-    watch = Watch(Asked("x=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="x=float32"))
     watch.arm()
     inner = torch.optim.Optimizer.__init__
     theirs = lambda self, *args, **kwargs: inner(self, *args, **kwargs)  # noqa: E731
@@ -143,7 +146,7 @@ def test_hooks_of_others_survive_the_first_step(armed):
 
 def test_two_watches_at_once(armed, said):
     """A job inside a job: each says its own, neither trips over the other's hooks, and none of those stay."""
-    inner = Watch(Asked("inner=float32"))
+    inner = Watch(Plan("precision_policy=on", fix="inner=float32"))
     inner.arm()
     optimizer = torch.optim.AdamW(weights(), lr=1e-5)
     inner.disarm()
@@ -204,7 +207,7 @@ def test_engine_swaps_fp32_in(armed, said):
 
 def test_asked_against_came(said):
     """fp32 was asked for and bf16 came: the warning says that instead, with names where it has any."""
-    watch = Watch(Asked("model.torch_dtype=float32", fp32_by="model.torch_dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32", asked="model.torch_dtype=float32"))
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).to(torch.bfloat16)
     watch.arm()
     try:
@@ -212,13 +215,15 @@ def test_asked_against_came(said):
     finally:
         watch.disarm()
     (text,) = said()
-    assert text.startswith("model.torch_dtype=float32 asked for fp32 storage, but 4 of 4 tensors came in bf16")
+    assert text.startswith(
+        "precision_policy=on: model.torch_dtype=float32 asked for fp32 storage, but 4 of 4 tensors came in bf16"
+    )
     assert "0.weight, 0.bias, 1.weight" in text
     assert "recast" in text
 
 
 def test_strict_raises(said):
-    watch = Watch(Asked("x=float32"), "error")
+    watch = Watch(Plan("precision_policy=strict", fix="x=float32", action="error"))
     watch.arm()
     try:
         with pytest.raises(Bf16AdamError, match="fix: x=float32"):
@@ -260,7 +265,7 @@ class Broken(torch.optim.AdamW):
 
 def test_a_subclass_that_raises(said):
     before = torch.optim.Optimizer.__init__
-    watch = Watch(Asked("x=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="x=float32"))
     watch.arm()
     with pytest.raises(RuntimeError, match="after the groups"):
         Broken(weights())
@@ -284,7 +289,7 @@ def test_meta_parameters(armed, said):
 
 
 def test_a_failure_of_ours_ends_no_job(armed, said, monkeypatch):
-    monkeypatch.setattr("precision_policy.report.low_precision", lambda *a: 1 / 0)
+    monkeypatch.setattr("precision_policy.job.message.low_precision", lambda *a: 1 / 0)
     torch.optim.AdamW(weights(), lr=1e-5)
     (text,) = said()
     assert "could not be judged" in text
@@ -304,7 +309,9 @@ def test_job_that_insists_on_bf16(app):
 def test_strict_stops_the_job(app):
     """Exit status 1, with the numbers."""
     run = app()("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1)
-    assert "Bf16AdamError: torch.optim.AdamW over bf16 weights" in run.err
+    assert "Bf16AdamError: precision_policy=strict: torch.optim.AdamW over bf16 weights" in run.err
+    assert run.err.count("weights that an update cannot move") == 0
+    assert run.out.count("weights that an update cannot move") == 1
     assert "\n  fix: model.torch_dtype=float32" in run.err
     assert app(folder="fine")("+precision_policy=strict").config["model"] == {"torch_dtype": "float32"}
 

@@ -1,4 +1,4 @@
-"""What a ``_target_`` or an optimizer's name stands for, judged by its text alone: nothing is imported here.
+"""What a ``_target_`` or an optimizer's name stands for. It is judged by its text alone: nothing is imported here.
 
 The names are those of ``torch.optim`` as of torch 2.13; its modules ``lr_scheduler`` and ``swa_utils`` hold no
 optimizers, and ``torch.optim.Optimizer`` is only their base class.
@@ -7,7 +7,11 @@ optimizers, and ``torch.optim.Optimizer`` is only their base class.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Final
+
+from omegaconf import DictConfig
+
+from precision_policy.composition import config_tree
 
 TORCH_ADAM_TARGETS = frozenset({"torch.optim.Adam", "torch.optim.AdamW", "torch.optim.adam.Adam", "torch.optim.adamw.AdamW"})
 
@@ -58,3 +62,44 @@ def guess(name: str) -> str | None:
 def is_factory(target: str) -> bool:
     """Whether a dotted path names one of the usual factories of models, which take a dtype: transformers' and diffusers'."""
     return target.rpartition(".")[2] in ("from_pretrained", "from_config")
+
+
+def loads_checkpoint_dtype(target: str) -> bool:
+    """Whether a dotted path names a factory that loads a checkpoint in its own dtype when none is named."""
+    return target.rpartition(".")[2] == "from_pretrained"
+
+
+# Their result is what ``path`` names. The last is where hydra-zen's ``just(...)`` leads.
+_GETTERS: Final = {
+    "hydra.utils.get_class",
+    "hydra.utils.get_method",
+    "hydra.utils.get_object",
+    "hydra.utils.get_static_method",
+    "hydra_zen.funcs.get_obj",
+}
+_FORWARDERS: Final = {"hydra_zen.funcs.zen_processing": "_zen_target"}
+_WRAPPERS: Final = {
+    **_FORWARDERS,
+    "torch.distributed.optim.ZeroRedundancyOptimizer": "optimizer_class",
+    "torch.distributed.optim.zero_redundancy_optimizer.ZeroRedundancyOptimizer": "optimizer_class",
+}
+
+
+def called(node: DictConfig) -> str | None:
+    """The dotted path of what gets the node's keys as arguments; None without one."""
+    path = dotted(config_tree.value(node, "_target_"))
+    return dotted(config_tree.value(node, _FORWARDERS[path])) if path in _FORWARDERS else path
+
+
+def built(node: DictConfig) -> str | None:
+    """The dotted path of what the node's ``_target_`` really builds, getters and wrappers looked through; None without one."""
+    path = dotted(config_tree.value(node, "_target_"))
+    if path in _GETTERS:
+        return _built_by(config_tree.value(node, "path"))
+    if path in _WRAPPERS:
+        return _built_by(config_tree.value(node, _WRAPPERS[path]))
+    return path
+
+
+def _built_by(value: Any) -> str | None:
+    return built(value) if isinstance(value, DictConfig) else dotted(value)

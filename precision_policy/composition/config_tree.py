@@ -1,7 +1,7 @@
 """Reading and writing single nodes of a composed config, without ever resolving the whole of it.
 
-Real config trees hold ``???``, resolvers that only work once the job runs, and resolvers that raise. So every function
-here looks at one node, raw first, and answers instead of raising. All use of OmegaConf's private corners is here.
+Real configs hold ``???``, resolvers that only work once the job runs, and resolvers that raise. So every function here looks
+at one node, raw first, and answers instead of raising. All use of OmegaConf's private corners is in this module.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 ABSENT: Final = object()
 """Nothing is there, or it cannot be read before the job runs."""
 
-
 ROOT: Final = "."
 """The path of the config itself, for applications that keep everything flat at the top."""
 
+NOT_THE_JOBS: Final = frozenset({"hydra", "precision_policy"})
+"""Nodes at the root that say nothing about the application's own job."""
 
-def at(root: DictConfig, path: str) -> Any:
+
+def select(root: DictConfig, path: str) -> Any:
     """The value at a dotted path, interpolations followed; ``ABSENT`` where there is none, it is ``???`` or unreadable."""
     if path == ROOT:
         return root
@@ -30,25 +32,15 @@ def at(root: DictConfig, path: str) -> Any:
         return ABSENT
 
 
-def nearest(root: DictConfig, path: str) -> str:
-    """A clause that names the longest part of ``path`` that exists, and the keys that are there."""
-    parts = path.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        prefix = ".".join(parts[:length])
-        found = at(root, prefix)
-        if isinstance(found, DictConfig):
-            return f"{prefix} exists and holds: {_names(found)}"
-        if found is not ABSENT:
-            return f"{prefix} exists but is no mapping"
-    return f"the config holds at its top: {_names(root)}"
-
-
-def _names(node: DictConfig) -> str:
-    return ", ".join(k for k in keys(node) if k not in ("hydra", "precision_policy")) or "nothing"
+def parent_and_name(root: DictConfig, path: str) -> tuple[DictConfig | None, str]:
+    """The mapping that holds a dotted path's last part, or None where there is no mapping; and that last part."""
+    above, _, name = path.rpartition(".")
+    parent = select(root, above) if above else root
+    return (parent if isinstance(parent, DictConfig) else None), name
 
 
 def keys(node: DictConfig) -> list[str]:
-    """The keys of a mapping, none of its values touched."""
+    """The keys of a mapping. None of its values is touched."""
     return [str(k) for k in node]
 
 
@@ -62,24 +54,23 @@ def is_missing(node: DictConfig, key: str) -> bool:
     return OmegaConf.is_missing(node, key)
 
 
-def leads_somewhere(root: DictConfig, path: str) -> bool:
-    """Whether the path exists, whatever it holds: null, ``???`` and unreadable values included."""
-    above, _, name = path.rpartition(".")
-    parent = at(root, above) if above else root
-    return has(parent, name) if isinstance(parent, DictConfig) else at(root, path) is not ABSENT
+def exists(root: DictConfig, path: str) -> bool:
+    """Whether the path is there, whatever it holds: null, ``???`` and unreadable values included."""
+    parent, name = parent_and_name(root, path)
+    return has(parent, name) if parent is not None else select(root, path) is not ABSENT
 
 
-def plain(node: DictConfig, key: str) -> Any:
+def raw_value(node: DictConfig, key: str) -> Any:
     """The value at one key as it stands, interpolations as text; None where there is none."""
     child = node._get_node(key, validate_access=False)  # no public call gives an interpolation unresolved
     return child._value() if child is not None and not isinstance(child, list) else None
 
 
-def pointer(node: DictConfig, key: str) -> str | None:
+def interpolation(node: DictConfig, key: str) -> str | None:
     """What an interpolation says between its braces, or None for a plain value."""
     if not OmegaConf.is_interpolation(node, key):
         return None
-    raw = str(plain(node, key))
+    raw = str(raw_value(node, key))
     return raw[2:-1] if raw.startswith("${") and raw.endswith("}") else raw
 
 
@@ -91,21 +82,45 @@ def value(node: DictConfig | ListConfig, key: str | int) -> Any:
         return ABSENT
 
 
-def key(node: DictConfig, name: str) -> str:
+def path_of_key(node: DictConfig, name: str) -> str:
     """The dotted path of a key of a node, from where the node really lives, which an interpolation may hide."""
     path = str(node._get_full_key(name))  # no public call gives a node's own path
     return path.replace("[", ".").replace("]", "")  # a list's index, as overrides spell it
 
 
-def full_path(node: DictConfig) -> str:
+def path_of(node: DictConfig) -> str:
     """The dotted path of a node; empty for the root."""
-    return key(node, "_").rpartition(".")[0]
+    return path_of_key(node, "_").rpartition(".")[0]
 
 
 def schema(node: DictConfig) -> type | None:
     """The dataclass behind a typed node, or None for an open mapping."""
     kind = OmegaConf.get_type(node)
     return None if kind is None or kind is dict or issubclass(kind, dict) else kind
+
+
+def children(node: Any) -> Iterator[tuple[str, Any]]:
+    """The keys or indices of a mapping or list with their nodes, raw; nothing for null, ``???`` and interpolations."""
+    content = node.__dict__["_content"]  # no public call reads children without a look at each one's value
+    if isinstance(content, dict):
+        for key, child in content.items():
+            yield str(key), child
+    elif isinstance(content, list):
+        for index, child in enumerate(content):
+            yield str(index), child
+
+
+def mappings(root: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Every mapping of the application's own config with its dotted path, the root first; interpolations are not followed."""
+
+    def below(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+        if isinstance(node, DictConfig) and isinstance(node.__dict__["_content"], dict):
+            yield path, node
+        for key, child in children(node):
+            if isinstance(child, (DictConfig, ListConfig)) and (path or key not in NOT_THE_JOBS):
+                yield from below(child, f"{path}.{key}" if path else key)
+
+    return below(root, "")
 
 
 def write(node: DictConfig, key: str, new: Any) -> None:
@@ -118,32 +133,24 @@ def write(node: DictConfig, key: str, new: Any) -> None:
         node[key] = new
 
 
-def put(root: DictConfig, key: str, values: Mapping[str, Any]) -> None:
-    """Put a mapping of plain values, or of such mappings, at one key of the root, whatever was there.
+def record(parent: DictConfig, key: str, values: Mapping[str, Any]) -> None:
+    """Put a mapping of plain values, or of such mappings, at one key, whatever was there and whatever the node's type.
 
     Built node by node: OmegaConf's own way looks at each value as if a user had given it, and takes three times as long.
     """
-    root.__dict__["_content"][key] = _mapping(values, key, root)
+    parent.__dict__["_content"][key] = _mapping(values, key, parent)
+
+
+def move(root: DictConfig, key: str, to: DictConfig) -> None:
+    """Take a node from the root and put it at the same key of another mapping, whatever that one's type."""
+    node = root.__dict__["_content"].pop(key)
+    node._set_parent(to)
+    to.__dict__["_content"][key] = node
 
 
 def _mapping(values: Mapping[str, Any], key: str, parent: DictConfig) -> DictConfig:
     node = DictConfig({}, key=key, parent=parent)
     content = node.__dict__["_content"]
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            content[name] = _mapping(value, name, node)
-        else:
-            content[name] = AnyNode(value, key=name, parent=node)
+    for name, item in values.items():
+        content[name] = _mapping(item, name, node) if isinstance(item, Mapping) else AnyNode(item, key=name, parent=node)
     return node
-
-
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Every mapping below (and with) ``node``, with its dotted path; interpolations are not followed."""
-    if not isinstance(node, (DictConfig, ListConfig)):
-        return
-    if node._is_none() or node._is_missing() or node._is_interpolation():  # there is nothing in it to look at
-        return
-    if isinstance(node, DictConfig):
-        yield path, node
-    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
-        yield from walk(node._get_node(key), f"{path}.{key}" if path else str(key))

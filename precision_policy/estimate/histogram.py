@@ -19,6 +19,8 @@ from typing import Any, Final
 
 import torch
 
+from precision_policy.estimate import parameters
+
 CPU_SAMPLE: Final = 2**26
 """Elements looked at on a CPU, unless told otherwise: about 0.1 s."""
 
@@ -80,10 +82,17 @@ class Histogram:
         if update == 0.0:
             return 1.0
         # update < 2**(e - p)  <=>  e - p >= k, where 2**(k-1) <= update < 2**k
-        first = math.frexp(abs(update))[1] + form.significant + form.bias if math.isfinite(update) else 256
+        first_lost = math.frexp(abs(update))[1] + form.significant + form.bias if math.isfinite(update) else 256
         # Subnormals (biased exponent 0) have the step of the smallest normal numbers (1).
         counts = [self.counts[0] + self.counts[1], *self.counts[2:]]
-        return sum(counts[max(0, min(first, 256) - 1) :]) / self.seen
+        return sum(counts[max(0, min(first_lost, 256) - 1) :]) / self.seen
+
+    def rate_losing(self, share: float) -> float:
+        """The rate below which at least this share of elements, 0 to 1, does not move; a power of two, 0.0 if there is none."""
+        for power in range(128, -150, -1):
+            if self.lost(0.75 * 2.0**power) >= share:  # the same for every update from half of 2**power up to it
+                return 2.0**power
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,14 @@ class GroupEstimate:
         histogram: of its trainable elements in that dtype.
         lost: the share of those, 0 to 1, that an update of size lr cannot move.
         unread: elements that hold no readable values (meta and sparse tensors, say); they are in no other figure.
+        kinds: the histogram's parts, by kind of parameter.
     """
 
     lr: float
     histogram: Histogram
     lost: float
     unread: int
+    kinds: dict[str, Histogram] = field(default_factory=dict)
 
 
 def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = None) -> list[GroupEstimate]:
@@ -119,10 +130,16 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
     estimates = []
     for lr, params in groups:
         for dtype in _FORMATS:
-            mine = [p for p in params if p.requires_grad and p.dtype is dtype]
+            mine = parameters.trainable(params, (dtype,))
             if mine:
-                counted, unread = histogram(mine, dtype, step)
-                estimates.append(GroupEstimate(lr, counted, counted.lost(lr), unread))
+                whole, kinds, unread = Histogram(dtype), {}, 0
+                for kind in parameters.KINDS:
+                    counted, not_read = histogram([p for p in mine if parameters.kind(p) == kind], dtype, step)
+                    unread += not_read
+                    if counted.total:
+                        kinds[kind] = counted
+                        whole.add(counted)
+                estimates.append(GroupEstimate(lr, whole, whole.lost(lr), unread, kinds))
     return estimates
 
 
@@ -135,22 +152,22 @@ def as_float(number: Any) -> float:
 
 
 def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
-    """Every how manieth element to look at, so that about ``sample`` are; see :func:`lost_updates` for None."""
-    low = [p for p in params if p.dtype in _FORMATS and p.requires_grad]
+    """The stride with which about ``sample`` elements are looked at; see :func:`lost_updates` for None."""
+    low = parameters.trainable(params, _FORMATS)
     if sample is None:
         if not any(p.device.type == "cpu" for p in low):
             return 1
         sample = CPU_SAMPLE
-    return max(1, -(-sum(local(p).numel() for p in low) // sample))
+    return parameters.stride_for(low, sample)
 
 
 def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, step: int = 1) -> tuple[Histogram, int]:
     """The exponents of parameters of one dtype, every ``step``-th element, and how many elements could not be read."""
-    result, unread = Histogram(dtype), 0
+    result, unread, views = Histogram(dtype), 0, parameters.EvenSample(step)
     for param in params:
-        tensor = local(param)
+        tensor = parameters.local(param)
         try:
-            counts = _counts(tensor, _FORMATS[dtype], step)
+            counts = _counts(tensor, _FORMATS[dtype], views)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError):
             # Meta, sparse, fake and wrapper-subclass tensors hold nothing that can be read in place, and each refuses in
             # its own way. A diagnosis must not end the job, so what refuses is counted apart.
@@ -160,21 +177,14 @@ def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, step: int = 1)
     return result, unread
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor  # to_local() would wait for the others
-
-
 @torch.no_grad()
-def _counts(tensor: torch.Tensor, form: _Format, step: int) -> list[int]:
+def _counts(tensor: torch.Tensor, form: _Format, views: parameters.EvenSample) -> list[int]:
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise NotImplementedError("no values to read")
     counts = [0] * 256
-    for flat in flat_views(tensor.detach()):
-        bits = flat.view(torch.int16)
-        if step > 1:
-            bits = bits[(step // 2 if bits.numel() > step else 0) :: step]
-        elif bits.is_cuda and bits.numel() >= _CHUNK:
+    for view in views.of(tensor.detach().view(torch.int16)):
+        bits = view
+        if bits.is_cuda and bits.is_contiguous() and bits.numel() >= _CHUNK:
             bits = _count_on_cuda(bits, form, counts)
         if bits.numel():
             counts = [a + b for a, b in zip(counts, _bincount(bits, form), strict=True)]
@@ -191,25 +201,10 @@ def _bincount(bits: torch.Tensor, form: _Format) -> list[int]:
     return [int(count) for count in total.tolist()]
 
 
-def flat_views(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The elements as one-dimensional views, without copying them: their order does not matter."""
-    if tensor.numel() == 0:
-        return []
-    if tensor.is_contiguous():
-        return [tensor.view(-1)]
-    by_stride = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.size(d)), reverse=True)
-    dense = tensor.permute(by_stride)
-    if dense.is_contiguous():
-        return [dense.view(-1)]
-    if tensor.dim() == 1:
-        return [tensor]
-    return [flat for part in tensor.unbind(0) for flat in flat_views(part)]
-
-
 def _count_on_cuda(bits: torch.Tensor, form: _Format, counts: list[int]) -> torch.Tensor:
     """Add the counts of all but an odd first and last element, in one kernel; gives back what is left to count."""
     try:
-        from precision_policy.cuda_histogram import WINDOWS, count
+        from precision_policy.estimate.cuda_histogram import WINDOWS, count
     except ImportError:  # a torch without Triton
         return bits
     head = int(bits.storage_offset()) % 2

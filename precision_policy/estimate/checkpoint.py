@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from precision_policy import estimate
+from precision_policy.estimate import histogram as estimate
 
 # The names that transformers and timm give; in order, the first that matches counts.
 _KINDS = (

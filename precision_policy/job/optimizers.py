@@ -17,8 +17,11 @@ from torch.optim import Optimizer
 
 Keeps = Literal["nothing", "master", "compensation"]
 
-# Their update is about lr per element (sign or normalised by the second moment); that of SGD, say, is not.
-_SIZE_OF_LR = re.compile(r"Adam|AdEMAMix|Adan|Lion", re.IGNORECASE)
+# Families that hold optimizers of every kind are judged only where the class's own name says that it is one of these: the
+# update of SGD, say, is of the size of its gradient, and nothing is known of what it loses.
+_ADAM_LIKE = re.compile(r"Adam|AdEMAMix|Adan|Lion", re.IGNORECASE)
+
+_ENGINES = ("deepspeed", "megatron")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class Known:
         base: dotted path of the class that all of the family derive from.
         keeps: what one of them keeps over parameters of a 16-bit dtype, told from the instance under construction.
         state_grows: by how many bytes per element its state grows when storage goes from 16 to 32 bits.
-        engine_owned: whether an engine usually swaps in fp32 copies after construction, so that only the first step tells.
         source: where this was read, with the version.
+        engine_owned: whether an engine usually swaps in fp32 copies after construction, so that only the first step tells.
+        known_size: whether the first update is lr for every element, so that the share it loses can be told.
+        mixed: whether the family also holds optimizers that are not like Adam.
     """
 
     base: str
@@ -38,6 +43,8 @@ class Known:
     state_grows: int
     source: str
     engine_owned: bool = False
+    known_size: bool = True
+    mixed: bool = False
 
 
 def _nothing(optimizer: Optimizer, dtype: torch.dtype) -> Keeps:
@@ -66,6 +73,30 @@ def _optimi(optimizer: Optimizer, dtype: torch.dtype) -> Keeps:
 KNOWN: Final = (
     Known("torch.optim.adam.Adam", _nothing, 4, "torch/optim/adam.py, torch 2.13.0"),
     Known("torch.optim.adamw.AdamW", _nothing, 4, "torch/optim/adamw.py, torch 2.13.0"),  # an Adam since torch 2.7
+    Known("torch.optim.adamax.Adamax", _nothing, 4, "torch/optim/adamax.py, torch 2.13.0: lr * g / |g| at the first step"),
+    # A second update of 0.056 lr follows the first of lr, and is rounded by itself.
+    Known("torch.optim.nadam.NAdam", _nothing, 4, "torch/optim/nadam.py, torch 2.13.0: lr * g / |g| at the first step"),
+    Known(
+        "torch.optim.radam.RAdam",
+        _nothing,
+        4,
+        "torch/optim/radam.py, torch 2.13.0: lr * g until it is rectified",
+        known_size=False,
+    ),
+    Known(
+        "torch.optim._adafactor.Adafactor",
+        _nothing,
+        0,
+        "torch/optim/_adafactor.py, torch 2.13.0: relative to each tensor's norm; states of a row and a column",
+        known_size=False,
+    ),
+    Known(
+        "torch.optim._muon.Muon",
+        _nothing,
+        2,
+        "torch/optim/_muon.py, torch 2.13.0: an orthogonalized matrix, whose elements differ",
+        known_size=False,
+    ),
     Known(
         "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam",
         _te,
@@ -73,9 +104,15 @@ KNOWN: Final = (
         "transformer_engine/pytorch/optimizers/fused_adam.py, TransformerEngine 04912bf (2025); states are fp32",
     ),
     Known("apex.optimizers.fused_adam.FusedAdam", _apex, 0, "apex/optimizers/fused_adam.py, apex 004da4e"),
-    Known("torchao.optim.adam._AdamBase", _torchao, 0, "torchao/optim/adam.py, torchao 0.18.0"),
-    Known("optimi.optimizer.OptimiOptimizer", _optimi, 4, "optimi/optimizer.py and optimi/utils.py, torch-optimi 0.3.3"),
-    Known("bitsandbytes.optim.optimizer.Optimizer8bit", _nothing, 0, "bitsandbytes/optim/optimizer.py, 0.50.2"),
+    Known("torchao.optim.adam._AdamBase", _torchao, 0, "torchao/optim/adam.py, torchao 0.18.0", mixed=True),
+    Known(
+        "optimi.optimizer.OptimiOptimizer",
+        _optimi,
+        4,
+        "optimi/optimizer.py and optimi/utils.py, torch-optimi 0.3.3",
+        mixed=True,
+    ),
+    Known("bitsandbytes.optim.optimizer.Optimizer8bit", _nothing, 0, "bitsandbytes/optim/optimizer.py, 0.50.2", mixed=True),
     Known(
         "deepspeed.ops.adam.fused_adam.FusedAdam",
         _nothing,
@@ -95,15 +132,18 @@ _BY_BASE: Final = {known.base: known for known in KNOWN}
 
 
 def look_up(optimizer: Optimizer) -> Known | None:
-    """The entry for an optimizer or a subclass of a known one, if its update is of the size of lr; else None."""
+    """The entry for an optimizer or a subclass of a known one; None where nothing is known of its updates."""
     mro = type(optimizer).__mro__
-    if not any(_SIZE_OF_LR.search(kind.__name__) for kind in mro):
-        return None
     for kind in mro:
         known = _BY_BASE.get(f"{kind.__module__}.{kind.__qualname__}")
         if known is not None:
-            return known
+            return known if not known.mixed or any(_ADAM_LIKE.search(one.__name__) for one in mro) else None
     return None
+
+
+def engine_is_loaded() -> bool:
+    """Whether an engine is there that may swap in fp32 copies after an optimizer's construction."""
+    return any(engine in sys.modules for engine in _ENGINES)
 
 
 def name(optimizer: Optimizer) -> str:

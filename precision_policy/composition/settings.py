@@ -1,0 +1,274 @@
+"""The settings in the config node ``precision_policy``: one line of :class:`Settings` tells everything about each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from precision_policy.composition.decision import BF16_FOR_FP32, Decision
+
+NODE = "precision_policy"
+"""The config group, and the node that holds its settings and its decision."""
+
+AUTO = "auto"
+_COMPUTE_DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "torch.bfloat16": "bfloat16", None: None}
+_FP16 = ("float16", "fp16", "half", "torch.float16", "torch.half", 16)
+_ROLES = ("model", "optimizer", "peft")
+
+
+class SettingError(ValueError):
+    """A setting that cannot be right; the message names the key, the value and the fix."""
+
+    def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
+        super().__init__(f"{key}={value}: {problem}.\n{fix}")
+
+
+@dataclass(frozen=True)
+class Path:
+    """A dotted path into the job's config.
+
+    Attributes:
+        setting: the key it was read from.
+        path: the path itself; None where the user said that there is nothing.
+        chosen: whether somebody set it; a default that leads nowhere is no error, a chosen one is.
+    """
+
+    setting: str
+    path: str | None
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model, the optimizer that trains it, and the PEFT flag that governs both."""
+
+    model: Path
+    optimizer: Path
+    peft: Path
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and (value == "." or all(value.split(".")))
+
+
+def _is_path_or_none(value: Any) -> bool:
+    return value is None or _is_path(value)
+
+
+def _is_pair(value: Any) -> bool:
+    if not isinstance(value, Mapping) or "model" not in value or not set(value) <= set(_ROLES):
+        return False
+    return all(_is_path(path) or (role == "peft" and path is None) for role, path in value.items())
+
+
+def _is_pairs(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(map(_is_pair, value.values())))
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_sample(value: Any) -> bool:
+    return value is None or _is_count(value, 1)
+
+
+def _is_monitor(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) <= {"every"} and _is_count(value.get("every", 0), 0)
+
+
+def _is_fp32(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool) and str(value) in BF16_FOR_FP32
+
+
+def _is_compute_dtype(value: Any) -> bool:
+    return isinstance(value, (str, type(None))) and value in _COMPUTE_DTYPES
+
+
+def _is_action(value: Any) -> bool:
+    return value in ("warn", "error", "ignore")
+
+
+def _setting(default: Any, check: Callable[[Any], bool], fix: str, shown: str, meaning: str) -> Any:
+    """One setting: its default, what it may hold, what to write instead, and README's two cells on it."""
+    about = {"check": check, "fix": fix, "shown": shown, "meaning": meaning}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may set. The metadata of a field holds its check, its fix, and README's words about it.
+
+    ``chosen`` is no setting: it holds the names that were set rather than left to their defaults.
+    """
+
+    enabled: bool = _setting(
+        True, _is_bool, "Use true or false.", "`true`", "whether the policy acts at all; the option `off` sets it `false`"
+    )
+    write: bool = _setting(
+        True, _is_bool, "Use true or false.", "`true`", "whether the dtype is written; the option `warn` sets it `false`"
+    )
+    model: str = _setting(
+        "model",
+        _is_path,
+        "Use the dotted path of the model's node, such as precision_policy.model=method.model.",
+        "`model`",
+        "dotted path of the model's node; a path you set must exist; `.` is the config's root",
+    )
+    optimizer: str = _setting(
+        "optimizer",
+        _is_path,
+        "Use the dotted path of its node, such as precision_policy.optimizer=training.optimizer.",
+        "`optimizer`",
+        "dotted path of the optimizer's node, or of its name",
+    )
+    peft: str | None = _setting(
+        AUTO,
+        _is_path_or_none,
+        "Use the dotted path of the PEFT flag or block, such as precision_policy.peft=model.lora, or null for none.",
+        "`auto`",
+        "dotted path of the PEFT flag, rank or block; `auto` looks everywhere; `null`: PEFT is not about this model",
+    )
+    pairs: Mapping[str, Mapping[str, str | None]] | None = _setting(
+        None,
+        _is_pairs,
+        "Use a mapping of names to {model: PATH, optimizer: PATH, peft: PATH}, the last two optional.",
+        "`null`",
+        "several models: a name to `{model, optimizer, peft}` each",
+    )
+    dtype_key: str | None = _setting(
+        None,
+        _is_path_or_none,
+        "Use the key's name below the model node, such as model_dtype.",
+        "`dtype` or `torch_dtype`",
+        "the dtype's key below the model's node, in the project's own words",
+    )
+    storage_dtype: str | int = _setting(
+        "float32",
+        _is_fp32,
+        f"Use {', '.join(BF16_FOR_FP32)}.",
+        "`float32`",
+        f"how the project spells fp32: {', '.join(f'`{name}`' for name in BF16_FOR_FP32)}",
+    )
+    compute_dtype: str | None = _setting(
+        None,
+        _is_compute_dtype,
+        "Use bfloat16, or null to leave it to the application.",
+        "`null`",
+        "`bfloat16`: the forward pass runs under bf16 autocast where the application does not; the option `mixed` sets it",
+    )
+    bf16_adam: Literal["warn", "error", "ignore"] = _setting(
+        "warn",
+        _is_action,
+        "Use warn, error or ignore.",
+        "`warn`",
+        "what an Adam over bf16 weights leads to: `warn`, `error`, `ignore`",
+    )
+    sample: int | None = _setting(
+        None,
+        _is_sample,
+        "Use a number of elements, or null for the default.",
+        "2^26 on a CPU, all on a GPU",
+        "how many weights the warning's numbers are read from",
+    )
+    monitor: Mapping[str, int] = _setting(
+        {"every": 0},
+        _is_monitor,
+        "Use a number of steps, such as precision_policy.monitor.every=100; 0 never logs.",
+        "`{every: 0}`",
+        "`every`: every so many steps, log the share of weights that the step left unchanged; 0 never",
+    )
+    chosen: frozenset[str] = frozenset()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The dtype keys to look for, in the order in which one of two is written."""
+        return (self.dtype_key,) if self.dtype_key else ("dtype", "torch_dtype")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as they stand in the job's config."""
+        return {name: getattr(self, name) for name in NAMES}
+
+    def each_pair(self) -> dict[str | None, Pair]:
+        """The pairs to decide, by name; the one pair of a config without ``pairs`` has the name None."""
+        default = {name: Path(f"{NODE}.{name}", getattr(self, name), name in self.chosen) for name in _ROLES}
+        if not self.pairs:
+            return {None: Pair(**default)}
+        return {
+            name: Pair(
+                **{
+                    role: Path(f"{NODE}.pairs.{name}.{role}", pair[role], True) if role in pair else path
+                    for role, path in default.items()
+                }
+            )
+            for name, pair in self.pairs.items()
+        }
+
+
+TABLE = tuple(one for one in fields(Settings) if one.name != "chosen")
+NAMES = tuple(one.name for one in TABLE)
+_DEFAULTS = Settings()
+
+
+def parse(raw: Mapping[str, Any]) -> Settings:
+    """Check what stands in the config node; an absent key, as ``???`` leaves it, takes its default.
+
+    Raises:
+        SettingError: an unknown key, or a value outside what its key may hold.
+    """
+    _check_decision(raw.get("decision"))
+    given = {key: _as_meant(key, value) for key, value in raw.items() if key != "decision"}
+    by_name = {one.name: one for one in TABLE}
+    for key, value in given.items():
+        if key not in by_name:
+            raise _unknown(key, value)
+        if key == "compute_dtype" and value in _FP16:
+            problem = "fp16 compute needs loss scaling, which only the application can do"
+            raise SettingError(f"{NODE}.{key}", value, problem, by_name[key].metadata["fix"])
+        if not by_name[key].metadata["check"](value):
+            raise SettingError(f"{NODE}.{key}", value, "not a value that this setting takes", by_name[key].metadata["fix"])
+    settings = Settings(**given)
+    # A job's saved config that is run again has every setting in it, whoever set it.
+    saved = raw.get("decision") is not None
+    chosen = frozenset(key for key, value in given.items() if not saved or value != getattr(_DEFAULTS, key))
+    compute_dtype = _COMPUTE_DTYPES[settings.compute_dtype]
+    return replace(settings, compute_dtype=compute_dtype, monitor={"every": 0, **settings.monitor}, chosen=chosen)
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant, or None."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
+def _check_decision(decision: Any) -> None:
+    """A decision may stand there only where an earlier run of this config left a whole one."""
+    whole = set(Decision.__dataclass_fields__)
+    if decision is None:
+        return
+    if isinstance(decision, Mapping):
+        records = [decision] if "rule" in decision or not decision else list(decision.values())
+        if records and all(isinstance(one, Mapping) and set(one) == whole for one in records):
+            return
+    raise SettingError(f"{NODE}.decision", decision, "the policy fills this in", "Leave it out.")
+
+
+def _as_meant(key: str, value: Any) -> Any:
+    """A number as people type it: Hydra reads 1e6 as a float."""
+    if key == "sample" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _unknown(key: str, value: object) -> SettingError:
+    near = nearest_name(key, NAMES)
+    hint = f"Did you mean {NODE}.{near}? " if near else ""
+    problem = "the precision policy has no such setting"
+    return SettingError(f"{NODE}.{key}", value, problem, f"{hint}Its settings are {', '.join(NAMES)}.")
