@@ -85,7 +85,7 @@ def main() -> None:
         for way, options in BF16_OPTIMIZERS.items():
             row("cost", "checkpointing", f"bf16, {way}", "checkpointing=true", "+precision_policy=off", *options)
     if not given.skip_loss and not given.small:
-        for seed in (0, 1):
+        for seed in (0, 1):  # their spread is what a difference is judged by
             for way in ("on, own autocast", "mixed"):
                 row("loss after 50 steps", "plain", way, *POLICIES[way], f"seed={seed}", "steps=50")
         kahan = BF16_OPTIMIZERS["optimi Kahan, Triton"]

@@ -74,9 +74,11 @@ def test_zero_redundancy_optimizer(app):
     train = app(f"way: ddp\n{CONFIG}", CODE)
     run = train("+precision_policy=on", *sharded, "model.torch_dtype=bfloat16", python=torchrun(2))
     assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "WARNING"]
-    assert "WARNING torch.optim.AdamW over bf16 weights" in run.log
+    assert "WARNING precision_policy=on: torch.optim.AdamW over bf16 weights" in run.log
     run = train("+precision_policy=on", *sharded, python=torchrun(2))
-    assert "INFO model.torch_dtype: auto -> float32: torch.optim.AdamW keeps no fp32 master copy" in run.log
+    assert (
+        "INFO precision_policy=on: model.torch_dtype: auto -> float32: torch.optim.AdamW keeps no fp32 master copy" in run.log
+    )
     assert "WARNING" not in run.log
 
 
@@ -85,7 +87,13 @@ def test_zero_redundancy_optimizer(app):
 def test_fp32_storage(app, way):
     """What the policy set stays fp32 in the optimizer's hands, a bf16 MixedPrecisionPolicy included: silence."""
     run = app(f"way: {way}\n{CONFIG}", CODE)("+precision_policy=on", python=torchrun(2))
-    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO"]
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
+    tensors = {"fsdp1": 1}.get(way, 6)
+    elements = f"{ELEMENTS // 2:,} elements of this rank's shard" if way == "fsdp1-orig" else f"{ELEMENTS:,} elements"
+    computed = {"ddp": ", computed in fp32", "fsdp2-bf16": ", computed in bf16 by FSDP's mixed precision"}.get(way, "")
+    assert run.log.splitlines()[1].endswith(
+        f"{tensors} trainable tensor{'s' * (tensors > 1)}, {elements}: stored in fp32{computed}"
+    )
 
 
 SPAWN = """

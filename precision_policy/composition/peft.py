@@ -106,6 +106,8 @@ def _on_at_key(parent: DictConfig, name: str, path: str) -> str | None:
 
 
 def _on(found: Any, path: str, name: str) -> str | None:
+    if isinstance(found, ListConfig):
+        return f"{path} is there" if len(found) else None
     if not isinstance(found, DictConfig):
         text = found.strip().lower() if isinstance(found, str) else found
         return None if text in (None, False, 0, *_OFF_WORDS) else f"{path}={found}"

@@ -40,10 +40,13 @@ def line(cfg: DictConfig, settings: Settings, decide: Callable[[Settings], Decis
         settings: those in force. What the user chose among them stays.
         decide: the decision under other settings; it writes nothing.
     """
-    models = [settings.model] if "model" in settings.chosen else _models(cfg, settings)
     optimizers = [settings.optimizer] if "optimizer" in settings.chosen else _optimizers(cfg, settings)
+    models = [settings.model] if "model" in settings.chosen else _nearest_first(_models(cfg, settings), optimizers)
     best: tuple[int, str] | None = None
-    for model, optimizer in itertools.product(_nearest_first(models, optimizers), optimizers):
+    node = config_tree.select(cfg, settings.model)
+    if isinstance(node, DictConfig) and not config_tree.has(node, "_target_"):
+        models.insert(0, settings.model)  # what it lacks may be a key of the project's own
+    for model, optimizer in itertools.product(models, optimizers):
         for key in _dtype_keys(cfg, model, settings):
             changed: dict[str, Any] = {"model": model, "optimizer": optimizer, "dtype_key": key}
             words = [f"precision_policy.{name}={value}" for name, value in changed.items() if value != getattr(settings, name)]
@@ -104,7 +107,7 @@ def _models(cfg: DictConfig, settings: Settings) -> list[str]:
         keys = [key for key, _ in config_tree.children(node)]
         if targets.is_factory(target) or set(settings.keys) & set(keys):
             sure.append(path or config_tree.ROOT)
-        elif path.rpartition(".")[2] in _MODEL_NAMES or any(_DTYPE_KEY.fullmatch(key) for key in keys):
+        elif path.rpartition(".")[2] in _MODEL_NAMES:
             perhaps.append(path or config_tree.ROOT)
     return (sure + perhaps)[:_MOST]
 

@@ -261,10 +261,15 @@ def _tensors(count: int) -> str:
 def _elements(params: Sequence[torch.Tensor]) -> str:
     """The number of elements of the whole parameters, in three digits where it is large."""
     count = sum(map(parameters.whole_size, params))
+    partly = " of this rank's shard" if any(map(parameters.has_unknown_size, params)) else ""
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if count >= size:
-            return f"{count / size:.3g} {unit} elements" if count < 1000 * size else f"{count / size:,.0f} {unit} elements"
-    return f"{count:,} elements"
+            return (
+                f"{count / size:,.3g} {unit} elements{partly}"
+                if count < 1000 * size
+                else f"{count / size:,.0f} {unit} elements{partly}"
+            )
+    return f"{count:,} elements{partly}"
 
 
 def _table(shares: _Shares | None) -> list[str]:
