@@ -18,7 +18,7 @@ def batches(tokens: torch.Tensor, size: int, length: int, steps: int, seed: int)
 
 
 def mean_loss(model: torch.nn.Module, held_out: list[torch.Tensor]) -> float:
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         return sum(model(input_ids=batch, labels=batch).loss.item() for batch in held_out) / len(held_out)
 
 
@@ -33,8 +33,7 @@ def main(cfg: DictConfig) -> None:
     held_out = batches(tokens[:cut], cfg.batch, cfg.length, 16, seed=1)
     log.info("loss before: %.4f (%s)", mean_loss(model, held_out), next(model.parameters()).dtype)
     for step, batch in enumerate(batches(tokens[cut:], cfg.batch, cfg.length, cfg.steps, cfg.seed), start=1):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

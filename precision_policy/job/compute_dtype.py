@@ -268,11 +268,12 @@ def in_fp32(output: Any) -> Any:
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return type(output)(*map(in_fp32, output))
     if type(output) in (list, tuple):
-        return type(output)(map(in_fp32, output))
+        changed = [in_fp32(value) for value in output]
+        return type(output)(changed) if any(old is not new for old, new in zip(output, changed, strict=True)) else output
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         fields = {one.name: getattr(output, one.name) for one in dataclasses.fields(output) if one.init}
-        changed = {name: in_fp32(value) for name, value in fields.items()}
-        return dataclasses.replace(output, **changed) if _differ(fields, changed) else output
+        new = {name: in_fp32(value) for name, value in fields.items()}
+        return dataclasses.replace(output, **new) if _differ(fields, new) else output
     return output
 
 

@@ -1,0 +1,579 @@
+"""The compute dtype: read off the first gradients, said once, and bf16 supplied where it was asked for."""
+
+import copy
+import io
+import logging
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import CONFIG
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_frameworks import ACCELERATE, HEAD, LIGHTNING, LIGHTNING_CONFIG, LOAD, LOOP, TRAINER
+from torch import nn
+
+from precision_policy.job.compute_dtype import LowBits, computed_in, in_fp32, low_bits
+from precision_policy.job.plan import Plan
+from precision_policy.job.watch import Watch
+
+pytestmark = pytest.mark.once
+ON = Plan("precision_policy=on", confirms=True, set_over_checkpoint=True)
+MIXED = Plan("precision_policy=mixed", confirms=True, compute_dtype="bfloat16")
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, "precision_policy")
+    return lambda level="INFO": [r.getMessage() for r in caplog.records if r.levelname == level]
+
+
+@pytest.fixture
+def watch():
+    watches = []
+
+    def arm(plan=MIXED):
+        one = Watch(plan)
+        one.arm()
+        watches.append(one)
+        return one
+
+    before = nn.Module.__call__, nn.Module.compile
+    yield arm
+    for one in watches:
+        one.disarm()
+    assert (nn.Module.__call__, nn.Module.compile) == before
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+
+
+def batch(seed=1):
+    return torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def train(model, optimizer, steps=3, call=None):
+    losses = []
+    for number in range(steps):
+        loss = (call or model)(batch(number)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.floats(1e-6, 1e3),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_low_bits_of_known_formats(seed, scale, dtype):
+    """A gradient that was rounded to a format on its way is told; one that was not, too."""
+    gradient = torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)) * scale
+    limits = torch.finfo(dtype)
+    if dtype is torch.float16:  # numbers that the format holds with all of its bits
+        gradient = gradient.sign() * gradient.abs().clamp(limits.tiny, limits.max / 2)
+    rounded = gradient.to(dtype).float()
+    told = computed_in([LowBits(*low_bits(rounded).tolist())])
+    expected = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    few = len(rounded.flatten()[:: max(1, rounded.numel() // 2048)].abs().unique()) < 32
+    assert told == (None if few else expected)
+
+
+@pytest.mark.parametrize(
+    "gradient", [torch.zeros(64, 64), torch.ones(64, 64), torch.randint(-9, 9, (64, 64)).float(), torch.randn(4, 4)]
+)
+def test_low_bits_that_tell_nothing(gradient):
+    """Zeros, small integers and tiny matrices look the same in every format."""
+    assert computed_in([LowBits(*low_bits(gradient).tolist())]) is None
+
+
+def test_the_clearest_matrix_decides():
+    """An embedding shared with the head shows the sum of two gradients; another matrix tells."""
+    shared, clear = LowBits(1000, 770, 780, 900), LowBits(1000, 1000, 1000, 200)
+    assert computed_in([shared]) is None
+    assert computed_in([shared, clear]) == "bf16"
+    assert computed_in([LowBits(1000, 400, 1000, 900)]) == "fp16"
+    assert computed_in([LowBits(1000, 0, 1, 900)]) == "fp32"
+
+
+@pytest.mark.parametrize(("autocast", "computed"), [(None, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_said_at_the_first_step(watch, said, autocast, computed):
+    """One line; nothing is left on parameters, modules or the optimizer."""
+    watch(ON)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def call(x):
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            return model(x)
+
+    train(model, optimizer, call=call)
+    line = f"precision_policy=on: 6 trainable tensors, 8,448 elements: stored in fp32, computed in {computed}"
+    assert said() == [line]
+    assert said("WARNING") == []  # a CPU has no matrix units for bf16
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_closure_computes_within_the_step(watch, said):
+    watch(ON)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def closure():
+        loss = model(batch()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert said()[0].endswith("computed in fp32")
+
+
+def test_gradients_by_hand_tell_storage_alone(watch, said):
+    watch(ON)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert said() == ["precision_policy=on: 6 trainable tensors, 8,448 elements: stored in fp32"]
+
+
+def test_a_further_optimizer_only_where_it_differs(watch, said):
+    watch(ON)
+    for _ in range(2):
+        model = network()
+        train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert len(said()) == 1
+    mixed = network()
+    mixed[0].to(torch.float64)
+    mixed[0].register_forward_pre_hook(lambda m, a: a[0].double())
+    mixed[0].register_forward_hook(lambda m, a, out: out.float())
+    train(mixed, torch.optim.AdamW(mixed.parameters(), lr=1e-3))
+    assert len(said()) == 2
+    assert "stored in fp32 (4) and float64 (2)" in said()[1]
+
+
+def test_the_cost_is_said_where_the_policy_made_it(watch, said, monkeypatch):
+    """Mocked: a device with matrix units for bf16, which no machine of CI has. The rest of the path is real."""
+    monkeypatch.setattr("precision_policy.job.compute_dtype.bf16_device", lambda device: "Some GPU")
+    watch(ON)
+    for _ in range(2):
+        model = network()
+        train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    (text,) = said("WARNING")
+    first, fix, *_ = text.splitlines()
+    assert (
+        first
+        == "precision_policy=on: the fp32 weights are computed in fp32 on Some GPU: about 10 times slower than in bf16, on an H200"
+    )
+    assert fix == "  fix: precision_policy.compute_dtype=bfloat16  (the option mixed does the same)"
+    for spelling in (
+        "TrainingArguments(bf16=True)",
+        '"bf16-mixed"',
+        'mixed_precision="bf16"',
+        "MixedPrecisionPolicy",
+        "torch.autocast",
+    ):
+        assert spelling in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"set_over_checkpoint": False}, {"asked": "model.torch_dtype=float32", "set_over_checkpoint": False}]
+)
+def test_the_cost_is_not_said_where_the_policy_did_not_make_it(watch, said, monkeypatch, change):
+    """Mocked as above: a model whose own default is fp32, or an fp32 that the user chose."""
+    import dataclasses
+
+    monkeypatch.setattr("precision_policy.job.compute_dtype.bf16_device", lambda device: "Some GPU")
+    watch(dataclasses.replace(ON, **change))
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert said("WARNING") == []
+
+
+def own_autocast(model, optimizer, steps=3):
+    def call(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    return train(model, optimizer, steps, call)
+
+
+def checkpointed(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x.requires_grad_(), use_reentrant=reentrant)
+
+    return Checkpointed()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [network, lambda: checkpointed(True), lambda: checkpointed(False)],
+    ids=["eager", "checkpointing, reentrant", "checkpointing"],
+)
+def test_the_same_losses_as_the_applications_own_autocast(watch, said, make):
+    """Bit-identical, and nothing is left when the job ends."""
+    reference = make()
+    expected = own_autocast(reference, torch.optim.AdamW(reference.parameters(), lr=1e-3))
+    one = watch()
+    model = make()
+    losses = train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert losses == expected
+    assert said()[0].endswith("stored in fp32, computed in bf16 by autocast that the policy supplies")
+    assert model(batch()).dtype is torch.float32
+    one.disarm()
+    assert "_compiled_call_impl" not in model.__dict__
+    with torch.no_grad():
+        assert not torch.equal(model(batch()), reference(batch()).bfloat16().float())
+
+
+@pytest.mark.parametrize("way", ["torch.compile(model)", "model.compile()", "model.compile() after the first step"])
+def test_compiled(watch, said, way):
+    """Backend eager: what is tested is where autocast is, not the code that is generated."""
+    watch()
+    model = network()
+    called = torch.compile(model, backend="eager") if way == "torch.compile(model)" else model
+    if way == "model.compile()":
+        model.compile(backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = train(model, optimizer, 1, called)
+    if way.endswith("first step"):
+        model.compile(backend="eager")
+    losses += train(model, optimizer, 2, called)
+    reference = network()
+    compared = own_autocast(reference, torch.optim.AdamW(reference.parameters(), lr=1e-3), 1)
+    assert losses[0] == compared[0]
+    assert said()[0].endswith("computed in bf16 by autocast that the policy supplies")
+    assert called(batch()).dtype is torch.float32
+
+
+def test_several_models_with_an_optimizer_each(watch, said):
+    watch()
+    models = [network(seed) for seed in (0, 1)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer)
+    for seed, model in enumerate(models):
+        assert "_compiled_call_impl" in model.__dict__
+        reference = network(seed)
+        assert not torch.equal(model(batch()), reference(batch()))
+    assert len(said()) == 1
+
+
+def test_the_outermost_module_that_owns_is_the_one(watch):
+    watch()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            assert torch.is_autocast_enabled("cpu")
+            return {"logits": self.inner(x), "hidden": [torch.ones(2, dtype=torch.bfloat16), 3]}
+
+    outer, stranger = Outer(), network()
+    torch.optim.AdamW(outer.parameters(), lr=1e-3)
+    assert stranger(batch()).dtype is torch.float32
+    output = outer(batch())
+    assert output["logits"].dtype is output["hidden"][0].dtype is torch.float32
+    assert output["hidden"][1] == 3
+    assert "_compiled_call_impl" in outer.__dict__
+    assert "_compiled_call_impl" not in outer.inner.__dict__
+    assert "_compiled_call_impl" not in stranger.__dict__
+
+
+def test_no_grad_and_exceptions(watch):
+    """An exception in ``forward``, a KeyboardInterrupt too, leaves nothing entered."""
+    watch()
+
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.error = nn.Linear(4, 4), None
+
+        def forward(self, x):
+            assert torch.is_autocast_enabled("cpu")
+            if self.error:
+                raise self.error
+            return self.inner(x)
+
+    model = Fails()
+    torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for error in (ValueError, KeyboardInterrupt, None):
+        model.error = error
+        if error:
+            with pytest.raises(error):
+                model(torch.ones(2, 4))
+        assert not torch.is_autocast_enabled("cpu")
+    with torch.no_grad():
+        assert model(torch.ones(2, 4)).dtype is torch.float32
+
+
+def test_copies_and_saved_models(watch):
+    """They have no trace of the policy and compute with their own weights."""
+    watch()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer)
+    copied = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    assert b"precision_policy" not in buffer.getvalue()
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    for one in (copied, loaded):
+        assert one.__dict__.get("_compiled_call_impl") is None
+        assert one(batch()).abs().sum() > 0
+        assert not torch.equal(one(batch()), model(batch()))
+
+
+def test_a_compiled_model_can_be_copied(watch):
+    watch()
+    model = torch.compile(network(), backend="eager")
+    torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(batch())
+    assert copy.deepcopy(model)(batch()).dtype is torch.float32
+
+
+def test_threads(watch):
+    watch()
+    model = network()
+    torch.optim.AdamW(model.parameters(), lr=1e-3)
+    outputs = []
+    threads = [threading.Thread(target=lambda: outputs.append(model(batch()))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 8
+    assert all(torch.equal(outputs[0], one) for one in outputs)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_memory_of_a_model_is_freed_at_once(watch):
+    import gc
+    import weakref
+
+    watch()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, 1)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_asked_for_and_not_supplied(watch, said):
+    """A model that is not called as a module: one WARNING that says so."""
+    watch()
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), call=model.forward)
+    # The layers inside are called and own some of it, so each of them is under autocast.
+    assert said()[0].endswith("computed in bf16 by autocast that the policy supplies")
+    weights = nn.Parameter(torch.randn(64, 64))
+    optimizer = torch.optim.AdamW([weights], lr=1e-3)
+    train(None, optimizer, call=lambda x: x @ weights)
+    assert "compute_dtype=bfloat16 was asked for, but the weights are computed in fp32" in said("WARNING")[0]
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor
+    name: str = "x"
+
+
+def test_outputs_of_any_shape():
+    from collections import namedtuple
+
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    low = torch.ones(2, dtype=torch.bfloat16)
+    Pair = namedtuple("Pair", "a b")
+    output = in_fp32(CausalLMOutputWithPast(loss=low, logits=low, hidden_states=(low, low)))
+    assert type(output) is CausalLMOutputWithPast
+    assert {output.loss.dtype, output.logits.dtype, output.hidden_states[1].dtype} == {torch.float32}
+    assert in_fp32(Pair(low, 1)).a.dtype is torch.float32
+    assert in_fp32(Output(low)).loss.dtype is torch.float32
+    same = {"x": torch.ones(2), "y": [1, "z"], "h": torch.ones(2, dtype=torch.float16)}
+    assert in_fp32(same) is same
+
+
+@pytest.mark.parametrize("body", [LOOP, TRAINER, ACCELERATE], ids=["loop", "trainer", "accelerate"])
+def test_frameworks(app, checkpoint, body):
+    """``mixed`` in an application that computes in fp32: bf16, supplied; one line."""
+    run = app(LOAD.format(checkpoint=checkpoint), HEAD + body)("+precision_policy=mixed")
+    assert run.log.splitlines()[1:] == [
+        "INFO precision_policy=mixed: 21 trainable tensors, 492,160 elements: "
+        "stored in fp32, computed in bf16 by autocast that the policy supplies"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "by"),
+    [
+        (TRAINER.replace("use_cpu=True", "use_cpu=True, bf16=True"), "accelerate's mixed precision"),
+        (ACCELERATE.replace("cpu=True", 'cpu=True, mixed_precision="bf16"'), "accelerate's mixed precision"),
+        (
+            LOOP.replace(
+                "        model(input_ids=batch, labels=batch).loss.backward()",
+                '        with torch.autocast("cpu", torch.bfloat16):\n            loss = model(input_ids=batch, labels=batch).loss\n        loss.backward()',
+            ),
+            "the application's autocast",
+        ),
+    ],
+    ids=["trainer", "accelerate", "loop"],
+)
+def test_where_it_is_there_already(app, checkpoint, body, by):
+    """Nothing is added, and the line says who does it."""
+    run = app(LOAD.format(checkpoint=checkpoint), HEAD + body)("+precision_policy=mixed")
+    assert run.log.splitlines()[1].endswith(f"stored in fp32, computed in bf16 by {by}")
+
+
+MANUAL = LIGHTNING.replace(
+    "    def training_step(self, batch, index):\n        return self.net(input_ids=batch, labels=batch).loss\n",
+    "    automatic_optimization = False\n"
+    "    def training_step(self, batch, index):\n"
+    "        optimizer = self.optimizers()\n"
+    "        loss = self.net(input_ids=batch, labels=batch).loss\n"
+    "        self.manual_backward(loss)\n"
+    "        optimizer.step()\n"
+    "        optimizer.zero_grad()\n",
+)
+
+
+@pytest.mark.parametrize("code", [LIGHTNING, MANUAL], ids=["automatic", "manual"])
+@pytest.mark.parametrize(
+    ("precision", "by"), [("32-true", "autocast that the policy supplies"), ("bf16-mixed", "the application's autocast")]
+)
+def test_lightning(app, checkpoint, code, precision, by):
+    train = app(LIGHTNING_CONFIG.format(checkpoint=checkpoint), code)
+    paths = ["precision_policy.model=model.net", "precision_policy.optimizer=model.optimizer"]
+    run = train("+precision_policy=mixed", *paths, f"trainer.precision={precision}")
+    assert run.log.splitlines()[1].endswith(f"stored in fp32, computed in bf16 by {by}")
+
+
+@pytest.mark.parametrize("extra", [["model.torch_dtype=bfloat16"], ["+lora={r: 8}"], ["+model.load_in_4bit=true"]])
+def test_nothing_is_supplied_to_16_bits_or_peft(app, extra):
+    code = """
+    import hydra, torch
+    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+    def main(cfg):
+        model = torch.nn.Linear(64, 64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        print("OUTPUT", model(torch.randn(2, 64)).grad_fn)
+        assert "_compiled_call_impl" not in model.__dict__
+    main()
+    """
+    import textwrap
+
+    run = app(CONFIG, textwrap.dedent(code))("+precision_policy=mixed", *extra)
+    assert "computed in" not in run.log
+
+
+def test_generate_and_accumulation(app, checkpoint):
+    """Two backward passes a step, and sampling from the model in between."""
+    body = """
+    optimizer = instantiate(cfg.optimizer)(model.parameters())
+    for number, batch in enumerate(data()):
+        model(input_ids=batch, labels=batch).loss.backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    print("SAMPLE", model.generate(batch[:1], max_new_tokens=3, do_sample=False).shape)
+
+main()
+"""
+    run = app(LOAD.format(checkpoint=checkpoint), HEAD + body)("+precision_policy=mixed")
+    assert "computed in bf16 by autocast that the policy supplies" in run.log
+    assert "SAMPLE torch.Size([1, 19])" in run.out
+
+
+def test_swept(app, checkpoint):
+    """Each job of a sweep by itself."""
+    train = app(LOAD.format(checkpoint=checkpoint), HEAD + LOOP)
+    run = train("--multirun", "+precision_policy=on,mixed,off")
+    computed = [line.rpartition("computed in ")[2] for line in run.log.splitlines() if "computed in" in line]
+    assert computed == ["fp32", "bf16 by autocast that the policy supplies"]
+
+
+SPAWN = """
+import hydra, torch
+import torch.multiprocessing as mp
+
+def work(rank):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    seen = []
+    model.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    model(torch.randn(8, 64)).square().mean().backward()
+    optimizer.step()
+    print("INSIDE", seen[0], flush=True)
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    mp.spawn(work, nprocs=1)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_in_a_process_that_the_job_starts(app):
+    assert "INSIDE torch.bfloat16" in app(CONFIG, SPAWN)("+precision_policy=mixed").out
+
+
+@pytest.mark.parametrize("kernels", ["flash_attention_2", "flash_attention_3"])
+def test_kernels_of_16_bits_are_told_before_the_run(compose, kernels):
+    config = f"model: {{torch_dtype: auto, attn_implementation: {kernels}}}\noptimizer: {{_target_: torch.optim.AdamW}}"
+    told = compose(config, "+precision_policy=on").precision_policy.decision.reason
+    assert told.endswith(
+        f"model.attn_implementation={kernels} takes 16 bits alone: the job must autocast, or use precision_policy=mixed"
+    )
+    assert kernels not in compose(config, "+precision_policy=mixed").precision_policy.decision.reason
+
+
+@pytest.mark.parametrize("value", ["float16", "fp16", "torch.float16", "half"])
+def test_fp16_is_refused(app, value):
+    run = app()("+precision_policy=on", f"precision_policy.compute_dtype={value}", status=1)
+    assert "needs loss scaling, which only the application can do" in run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("value", ["bfloat16", "bf16", "torch.bfloat16"])
+def test_spellings(compose, value):
+    cfg = compose(CONFIG, "+precision_policy=on", f"precision_policy.compute_dtype={value}")
+    assert cfg.precision_policy.compute_dtype == "bfloat16"
+
+
+def test_the_way_to_keep_bf16_is_a_line_that_was_tried(app):
+    """torch-optimi is installed and takes every argument that stands there, but for the choice among torch's own kernels."""
+    train = app(CONFIG.replace("lr: 1.0e-5", "lr: 1.0e-5\n  fused: true\n  weight_decay: 0.1"))
+    run = train("+precision_policy=on", "model.torch_dtype=bfloat16")
+    line = "optimizer._target_=optimi.AdamW ~optimizer.fused"
+    assert f"  or keep bf16 with a compensating optimizer: {line}  (adds 128 B)" in run.out
+    after = train("+precision_policy=on", "model.torch_dtype=bfloat16", *line.split())
+    assert "WARNING" not in after.log
+    amsgrad = train("+precision_policy=on", "model.torch_dtype=bfloat16", "+optimizer.amsgrad=true")
+    assert "or keep bf16 with a compensating optimizer: torch-optimi, with Kahan summation" in amsgrad.out
