@@ -32,7 +32,7 @@ README_TABLE = [
     (
         "the dtype under a name of the project's own",
         f"model: {{policy_dtype: null}}\noptimizer: {ADAMW}",
-        "precision_policy.dtype_key=policy_dtype precision_policy.storage_dtype=fp32",
+        "precision_policy.dtype_key=policy_dtype",
         "model.policy_dtype",
     ),
     (
@@ -82,8 +82,19 @@ def test_readme_line(compose, layout, config, line, key):
 
 def test_the_readme_has_these_lines():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for layout, _, line, _ in README_TABLE:
-        assert f"| {layout} | `{('+precision_policy=on ' + line).strip()}` |" in readme
+    for layout, _, line, key in README_TABLE:
+        keys = [key] if key else ["actor.torch_dtype", "critic.torch_dtype"]
+        shown = ", ".join(f"`{one}`" for one in keys)
+        assert f"| {layout} | `{('+precision_policy=on ' + line).strip()}` | {shown} |" in readme
+
+
+def test_the_readme_has_every_setting():
+    """Its table is made of the settings' own words."""
+    from precision_policy.composition.settings import TABLE
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for one in TABLE:
+        assert f"| `{one.name}` | {one.metadata['shown']} | {one.metadata['meaning']} |" in readme
 
 
 def rule(compose, optimizer, *overrides):

@@ -1,11 +1,17 @@
-"""The estimate for a checkpoint on disk: its safetensors are read tensor by tensor, no model is made."""
+"""The estimate for a checkpoint on disk: its safetensors are mapped and read in parallel, no model is made."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 
@@ -17,6 +23,7 @@ _KINDS = (
     ("attention", re.compile(r"attn|attention|[qkvo]_proj|qkv", re.IGNORECASE)),
     ("feed-forward", re.compile(r"mlp|ffn|feed_forward|expert|fc\d|(up|down|gate)_proj", re.IGNORECASE)),
 )
+_PIECE: Final = 2**26  # elements that one worker reads at a time
 
 
 class CheckpointError(ValueError):
@@ -40,31 +47,51 @@ def files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint given as one file or as a directory.
 
     Raises:
-        CheckpointError: there is nothing there, or nothing in that format.
+        CheckpointError: there is nothing there, nothing in that format, or not all that the index names.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or directory")
     found = sorted(path.glob("*.safetensors"))
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{index}: not a readable index ({type(error).__name__}: {error})") from None
+        missing = sorted(named - {file.name for file in found})
+        if missing:
+            raise CheckpointError(f"{path}: {index.name} names {len(missing)} more file(s) that are not there: {missing[0]}")
     if not found:
         raise CheckpointError(f"{path}: no *.safetensors file in this directory")
     return found
 
 
 def summarize(path: Path) -> Summary:
-    """Count the exponents of every 16-bit tensor of a checkpoint.
+    """Count the exponents of every 16-bit tensor of a checkpoint, on all cores.
 
     Raises:
-        CheckpointError: a file is missing, empty, or not in the safetensors format, or safetensors is not installed.
+        CheckpointError: a file is missing, empty, or not in the safetensors format, or an extra is not installed.
     """
-    summary = Summary()
-    for file in files(path):
-        for name, tensor in _tensors(file):
-            summary.elements[tensor.dtype] = summary.elements.get(tensor.dtype, 0) + tensor.numel()
-            if tensor.dtype in estimate.FORMATS:
-                counted, _ = estimate.histogram([tensor], tensor.dtype)
-                summary.histograms.setdefault((kind(name, tensor), tensor.dtype), estimate.Histogram(tensor.dtype)).add(counted)
+    safe_open, progress = _libraries()
+    found = files(path)
+    pieces = [piece for file in found for piece in _pieces(safe_open, file)]
+    summary, threads = Summary(), torch.get_num_threads()
+    torch.set_num_threads(1)  # each worker counts by itself
+    try:
+        # Shown on a terminal alone, and only where reading takes longer than two seconds.
+        bar = progress(
+            total=sum(size for *_, size in pieces), unit="weights", unit_scale=True, delay=2, disable=None, leave=False
+        )
+        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for key, dtype, histogram in pool.map(lambda piece: _count(safe_open, *piece), pieces):
+                size = histogram.total
+                summary.elements[dtype] = summary.elements.get(dtype, 0) + size
+                if dtype in estimate.FORMATS:
+                    summary.histograms.setdefault((key, dtype), estimate.Histogram(dtype)).add(histogram)
+                bar.update(size)
+    finally:
+        torch.set_num_threads(threads)
     return summary
 
 
@@ -75,14 +102,41 @@ def kind(name: str, tensor: torch.Tensor) -> str:
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other matrices")
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _libraries() -> tuple[Any, Any]:
+    """``safe_open`` and the progress bar: optional extras, for this command alone."""
     try:
-        from safetensors import SafetensorError, safe_open  # an optional extra, for this command alone
-    except ImportError:
-        raise CheckpointError("reading checkpoints needs safetensors: pip install safetensors") from None
+        from safetensors import safe_open
+        from tqdm import tqdm
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading checkpoints needs {error.name}: pip install {error.name}, "
+            'or pip install "hydra-precision-policy[checkpoint]"'
+        ) from None
+    return safe_open, tqdm
+
+
+def _pieces(safe_open: Any, file: Path) -> list[tuple[Path, str, int, int]]:
+    """The parts of a file that one worker reads: the tensor's name, where the part begins, and its elements."""
+    with _readable(file), safe_open(str(file), framework="pt") as opened:
+        sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return [(file, name, at, min(_PIECE, size - at)) for name, size in sizes.items() for at in range(0, max(size, 1), _PIECE)]
+
+
+def _count(safe_open: Any, file: Path, name: str, start: int, size: int) -> tuple[str, torch.dtype, estimate.Histogram]:
+    """The kind, dtype and histogram of one part; the tensor is mapped, not copied."""
+    with _readable(file), safe_open(str(file), framework="pt") as opened:
+        tensor = opened.get_tensor(name)
+        part = tensor.reshape(-1)[start : start + size]
+        if tensor.dtype not in estimate.FORMATS:
+            return "", tensor.dtype, estimate.Histogram(tensor.dtype, total=size)
+        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype)[0]
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping, and has no __iter__
-                yield name, opened.get_tensor(name)
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None

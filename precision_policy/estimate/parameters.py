@@ -19,6 +19,12 @@ def trainable(params: Iterable[torch.Tensor], dtypes: Collection[torch.dtype]) -
     return [p for p in params if p.dtype in dtypes and p.requires_grad]
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """A dtype as people say it."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a DTensor; any other tensor as it is."""
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor  # to_local() would wait for the others

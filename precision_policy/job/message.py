@@ -17,6 +17,9 @@ from precision_policy.job.plan import Plan
 
 _INERT = 2.0**-9  # of lr * weight_decay: half a bf16 step, relative to the largest weight of an exponent
 _USUAL_RATE = 1e-5  # shown where a schedule begins at 0 and the group does not tell where it leads
+_ACTIVATIONS = (
+    "  (activations double too, unless computed in bf16: precision_policy=mixed, or your framework's mixed precision)"
+)
 _KAHAN = 2  # bytes for each element of the compensation, stored like the weight
 NEARLY_NOTHING = 0.01
 """A share of lost updates, 0 to 1, under which the record is an INFO."""
@@ -80,7 +83,7 @@ def warning(optimizer: Optimizer, known: Known, low: Sequence[LowPrecision], pla
         lines.append(f"{name(optimizer)} got them{': ' + ', '.join(names) if names else ''}; {counted}")
     else:
         first = f"{name(optimizer)} over bf16 weights, no fp32 master copy: {_loses(known, shares)}"
-        fix = plan.fix
+        fix = f"{plan.fix}{_ACTIVATIONS}" if plan.compute_dtype is None else plan.fix
         lines.append(f"or keep bf16 with a compensating optimizer: {_other_way(other_way, low)}")
         lines.append(counted)
     lines += [*_table(shares), *filter(None, [_decay(optimizer, low), _cost(known, low)])]
@@ -122,8 +125,8 @@ def wasted(optimizer: Optimizer, plan: Plan) -> str | None:
 def confirmed(optimizer: Optimizer, plan: Plan, computed: str | None, supplier: str | None) -> str:
     """The line that says what came of it: how much is trained, stored in what, computed in what."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    dtypes = sorted({short_name(p.dtype) for p in params}, reverse=True)
-    stored = " and ".join(f"{dtype} ({sum(short_name(p.dtype) == dtype for p in params):,})" for dtype in dtypes)
+    dtypes = sorted({parameters.short_name(p.dtype) for p in params}, reverse=True)
+    stored = " and ".join(f"{dtype} ({sum(parameters.short_name(p.dtype) == dtype for p in params):,})" for dtype in dtypes)
     if len(dtypes) == 1:
         stored = dtypes[0]
     by = f" by {supplier}" if supplier else ""
@@ -153,12 +156,6 @@ def not_supplied(plan: Plan, computed: str) -> str:
         "no module that owns them was called through its __call__\n"
         "  fix: call the model as model(...), or put torch.autocast around what computes with it"
     )
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """A dtype as people say it."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -303,8 +300,7 @@ def _cost(known: Known, low: Sequence[LowPrecision]) -> str:
     sharded = any(parameters.is_shard(p) for one in low for p in one.params)
     return (
         f"fp32 storage adds{' on each rank' if sharded else ''}: weights {_bytes(2 * elements)}, "
-        f"gradients {_bytes(2 * elements)}, optimizer state {_bytes(state * elements)}; activations double too, unless they "
-        "are computed in bf16 (precision_policy=mixed, or your framework's mixed precision)"
+        f"gradients {_bytes(2 * elements)}, optimizer state {_bytes(state * elements)}"
     )
 
 
