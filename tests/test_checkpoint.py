@@ -73,3 +73,51 @@ def test_wrong_learning_rate(checkpoint, capsys):
         main([str(checkpoint), "--lr", "-1"])
     assert stopped.value.code == 2
     assert "not a positive number" in capsys.readouterr().err
+
+
+def test_rates_as_given(checkpoint, capsys):
+    assert main([str(checkpoint), "--lr", "2.5e-5"]) == 0
+    head = capsys.readouterr().out.splitlines()[4]
+    assert head.split("lr ")[1:] == ["0.00025   ", "7.5e-05   ", "2.5e-05   ", "7.5e-06   ", "2.5e-06"]
+
+
+def test_a_schedule(checkpoint, capsys):
+    """From its peak to its end."""
+    assert main([str(checkpoint), "--lr", "3e-4:3e-6"]) == 0
+    rates = [float(part) for part in capsys.readouterr().out.splitlines()[4].split("lr ")[1:]]
+    assert (rates[0], rates[2], rates[-1]) == (3e-4, 3e-5, 3e-6)
+
+
+@pytest.mark.parametrize("rate", ["abc", "1e-4:", "1:2:3", "nan", "inf"])
+def test_rates_that_are_none(checkpoint, capsys, rate):
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), "--lr", rate])
+    assert "positive number, such as 1e-5" in capsys.readouterr().err or rate == "1:2:3"
+
+
+def test_matplotlib_is_missed_before_the_reading(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(tmp_path / "no such checkpoint"), "--plot", "x.png"]) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}', "{}", "not json"])
+def test_an_index_that_names_more_than_there_is(tmp_path, capsys, index):
+    save_file({"a": torch.ones(4, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert main([str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert ("model-2.safetensors" in err) if "model-2" in index else ("not a readable index" in err)
+
+
+def test_read_in_parts(tmp_path, monkeypatch):
+    """Parts of tensors that several workers read add up to the whole."""
+    from precision_policy.estimate import checkpoint as module
+
+    tensor = (torch.randn(1000, 7) * 0.02).to(torch.bfloat16)
+    save_file({"w": tensor, "scalar": torch.ones((), dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    whole = module.summarize(tmp_path)
+    monkeypatch.setattr(module, "_PIECE", 333)
+    parts = module.summarize(tmp_path)
+    assert parts == whole
+    assert whole.elements == {torch.bfloat16: 7001}

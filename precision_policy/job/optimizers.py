@@ -29,7 +29,7 @@ class Known:
     """An optimizer family.
 
     Attributes:
-        base: dotted path of the class that all of the family derive from.
+        base: dotted path of the class that all of the family derive from; torch's own one level up, as users write it.
         keeps: what one of them keeps over parameters of a 16-bit dtype, told from the instance under construction.
         state_grows: by how many bytes per element its state grows when storage goes from 16 to 32 bits.
         source: where this was read, with the version.
@@ -71,27 +71,27 @@ def _optimi(optimizer: Optimizer, dtype: torch.dtype) -> Keeps:
 
 
 KNOWN: Final = (
-    Known("torch.optim.adam.Adam", _nothing, 4, "torch/optim/adam.py, torch 2.13.0"),
-    Known("torch.optim.adamw.AdamW", _nothing, 4, "torch/optim/adamw.py, torch 2.13.0"),  # an Adam since torch 2.7
-    Known("torch.optim.adamax.Adamax", _nothing, 4, "torch/optim/adamax.py, torch 2.13.0: lr * g / |g| at the first step"),
+    Known("torch.optim.Adam", _nothing, 4, "torch/optim/adam.py, torch 2.13.0"),
+    Known("torch.optim.AdamW", _nothing, 4, "torch/optim/adamw.py, torch 2.13.0"),  # an Adam since torch 2.7
+    Known("torch.optim.Adamax", _nothing, 4, "torch/optim/adamax.py, torch 2.13.0: lr * g / |g| at the first step"),
     # A second update of 0.056 lr follows the first of lr, and is rounded by itself.
-    Known("torch.optim.nadam.NAdam", _nothing, 4, "torch/optim/nadam.py, torch 2.13.0: lr * g / |g| at the first step"),
+    Known("torch.optim.NAdam", _nothing, 4, "torch/optim/nadam.py, torch 2.13.0: lr * g / |g| at the first step"),
     Known(
-        "torch.optim.radam.RAdam",
+        "torch.optim.RAdam",
         _nothing,
         4,
         "torch/optim/radam.py, torch 2.13.0: lr * g until it is rectified",
         known_size=False,
     ),
     Known(
-        "torch.optim._adafactor.Adafactor",
+        "torch.optim.Adafactor",
         _nothing,
         0,
         "torch/optim/_adafactor.py, torch 2.13.0: relative to each tensor's norm; states of a row and a column",
         known_size=False,
     ),
     Known(
-        "torch.optim._muon.Muon",
+        "torch.optim.Muon",
         _nothing,
         2,
         "torch/optim/_muon.py, torch 2.13.0: an orthogonalized matrix, whose elements differ",
@@ -135,7 +135,7 @@ def look_up(optimizer: Optimizer) -> Known | None:
     """The entry for an optimizer or a subclass of a known one; None where nothing is known of its updates."""
     mro = type(optimizer).__mro__
     for kind in mro:
-        known = _BY_BASE.get(f"{kind.__module__}.{kind.__qualname__}")
+        known = _BY_BASE.get(_dotted(kind))
         if known is not None:
             return known if not known.mixed or any(_ADAM_LIKE.search(one.__name__) for one in mro) else None
     return None
@@ -147,8 +147,12 @@ def engine_is_loaded() -> bool:
 
 
 def name(optimizer: Optimizer) -> str:
-    """The class as its users know it: torch re-exports its optimizers one level up."""
-    kind = type(optimizer)
+    """The class as its users know it."""
+    return _dotted(type(optimizer))
+
+
+def _dotted(kind: type) -> str:
+    """The dotted path of a class; torch re-exports its optimizers one level up."""
     module = "torch.optim" if kind.__module__.startswith("torch.optim.") else kind.__module__
     return f"{module}.{kind.__qualname__}"
 
