@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install -q -c constraints.txt
 JOBS ?= 2
 
-.PHONY: help test test-all demo bench mutants nightly clean
+.PHONY: help test test-all demo bench readme readme-write mutants nightly clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -28,6 +28,13 @@ test-all: test .venv-heavy/ready .venv-oldest/ready
 demo:  ## the main job: fine-tune a small checkpoint as is, with on, with mixed
 demo: .venv-demo/ready
 	cd examples/finetune && ../../.venv-demo/bin/python demo.py $(CURDIR)/.demo
+
+readme:  ## check that README's transcripts are what their commands print
+readme: .venv-demo/ready
+	.venv-demo/bin/python docs/readme.py
+
+readme-write: .venv-demo/ready
+	.venv-demo/bin/python docs/readme.py --write
 
 bench:  ## what the policy costs; ratios within one run
 bench: .venv/ready

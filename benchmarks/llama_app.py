@@ -28,7 +28,6 @@ CONFIG = {
     "compile": "none",
     "autocast": False,
     "parallel": "none",
-    "insist": None,
 }
 ConfigStore.instance().store("llama", CONFIG)
 
@@ -59,9 +58,10 @@ def distribute(model: torch.nn.Module, cfg: DictConfig, device: torch.device) ->
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.parallel == "fsdp2-bf16" else None)
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for block in model.model.layers:
-            fully_shard(block, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 

@@ -166,3 +166,83 @@ def test_a_worker_without_torch_is_not_made_to_import_it(app):
     run = app(CONFIG, NO_TORCH)("+precision_policy=on")
     assert "spawn False" in run.out
     assert "forkserver False" in run.out
+
+
+MIXED = """
+import os, sys
+import hydra, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    inside = []
+    model[2].register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    if cfg.way == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif cfg.way.startswith("fsdp2"):
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cfg.way == "fsdp2-bf16" else None)
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    else:
+        model = FullyShardedDataParallel(model, use_orig_params=cfg.way == "fsdp1-orig", device_id=torch.device("cpu"))
+    optimizer = hydra.utils.instantiate(cfg.optimizer)(model.parameters())
+    for _ in range(2):
+        output = model(torch.randn(4, 64))
+        output.float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if dist.get_rank() == 0:
+        print("INSIDE", inside, "OUTSIDE", output.dtype)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+main()
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-bf16", "fsdp1", "fsdp1-orig"])
+def test_mixed(app, way):
+    """bf16 inside and fp32 outside under each of them; where FSDP casts by itself, that is said and nothing is added."""
+    run = app(f"way: {way}\n{CONFIG}", MIXED)("+precision_policy=mixed", python=torchrun(2))
+    assert "INSIDE [torch.bfloat16, torch.bfloat16]" in run.out
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
+    if way == "fsdp2-bf16":
+        assert run.log.endswith("stored in fp32, computed in bf16 by FSDP's mixed precision")
+        assert "OUTSIDE torch.bfloat16" in run.out
+    else:
+        assert "OUTSIDE torch.float32" in run.out
+    if way == "ddp":
+        assert run.log.endswith("stored in fp32, computed in bf16 by autocast that the policy supplies")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_strict_ends_all_ranks(app, way):
+    """None hangs: each rank sees its own bf16 parameters."""
+    run = app(f"way: {way}\n{CONFIG}", CODE)(
+        "+precision_policy=strict", "model.torch_dtype=bfloat16", python=torchrun(2), status=1
+    )
+    assert "Bf16AdamError" in run.err
+
+
+@pytest.mark.once
+def test_the_benchmark_of_ranks(tmp_path):
+    """What it asserts on GPUs holds with gloo on a CPU as well: one voice, whole counts, shares, dtypes, nobody hangs."""
+    import subprocess
+    from pathlib import Path
+
+    from conftest import ENVIRONMENT
+
+    script = Path(__file__).parent.parent / "benchmarks/ranks.py"
+    command = [*torchrun(2), str(script), "--out", str(tmp_path), "--small"]
+    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert len((tmp_path / "ranks-small.csv").read_text().splitlines()) == 11

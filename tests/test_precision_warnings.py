@@ -155,3 +155,13 @@ def test_positional(caplog):
     cfg = {}
     resolve_storage_dtype(cfg, ADAMW, False, "there", logger)
     assert cfg == {"torch_dtype": "float32"}
+
+
+def test_the_readmes_lines_run(capsys):
+    """Its Python block, with an optimizer at hand."""
+    import re
+    from pathlib import Path
+
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+    exec(code, {"optimizer": torch.optim.AdamW([bf16()], lr=1e-5)})
+    assert capsys.readouterr().out == "lr 1e-05: 100.0% of 2 weights cannot move\n"

@@ -1,0 +1,124 @@
+"""The policy on several ranks: one voice, whole counts, the right dtypes, and nobody hangs.
+
+    torchrun --nproc-per-node 2 benchmarks/ranks.py --out docs/evidence            # any number of GPUs, NCCL
+    torchrun --nproc-per-node 2 benchmarks/ranks.py --out /tmp/ranks --small       # gloo, on a CPU
+
+Each rank starts its part of ``llama_app.py``, an application that knows nothing of the policy, once for each row.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+POLICIES = {
+    "off": ["+precision_policy=off"],
+    "on": ["+precision_policy=on"],
+    "mixed": ["+precision_policy=mixed"],
+    "strict": ["+precision_policy=strict", "+model.torch_dtype=bfloat16"],
+    "insists on bf16": ["+precision_policy=on", "+model.torch_dtype=bfloat16"],
+}
+WAYS = ("ddp", "fsdp2")
+
+
+def job(number: int, checkpoint: Path, arguments: list[str], timeout: float) -> tuple[int, str]:
+    """This rank's part of one job: its exit status and output; -1 where it hung."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+    environment["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1 + number)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE / "llama_app.py"), f"model.pretrained_model_name_or_path={checkpoint}"]
+        command += [*arguments, f"hydra.run.dir={folder}"]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired as error:
+            return -1, f"hung: {error}"
+    return done.returncode, done.stdout + done.stderr
+
+
+def row(way: str, policy: str, parts: list[tuple[int, str]], whole_share: float) -> dict:
+    """One job as a row; what must hold on any number of ranks is asserted."""
+    output = "\n".join(text for _, text in parts)
+    statuses = [status for status, _ in parts]
+    assert -1 not in statuses, f"{way} {policy}: a rank hung"
+    records = re.findall(r"\[precision_policy\]\[(\w+)\] - (.*)", output)
+    told = {level: [text for its, text in records if its == level] for level in ("INFO", "WARNING", "ERROR")}
+    result = re.search(r"^RESULT (.*)$", output, re.MULTILINE)
+    found = {"way": way, "policy": policy, "ranks": len(parts), **(json.loads(result[1]) if result else {})}
+    if policy == "strict":
+        assert all(statuses), f"{way} strict: a rank went on: {statuses}"
+        return {**found, "told": "stopped on all ranks"}
+    assert not any(statuses), output[-3000:]
+    assert len(told["INFO"]) == {"off": 0, "on": 2, "mixed": 2}.get(policy, 1), told
+    if policy in ("on", "mixed"):
+        found["told"] = told["INFO"][1].partition(": ")[2]
+        assert "stored in fp32" in found["told"]
+        if way == "ddp":
+            assert ("computed in bf16" if policy == "mixed" else "computed in fp32") in found["told"]
+    if policy == "insists on bf16":
+        assert len(told["WARNING"]) == 1, told
+        share = float(re.search(r"([\d.]+)% of updates round away", told["WARNING"][0])[1])
+        assert abs(share - whole_share) < 0.5, (share, whole_share)
+        assert f"({found['parameters']:,} elements)" in output
+        found["told"] = f"{share}% of the shard, {whole_share:.1f}% of the whole"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    given.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = given.out / "checkpoint"
+    if dist.get_rank() == 0 and not (checkpoint / "config.json").exists():
+        small = ["--small", "--steps", "20"] if given.small else []
+        alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        subprocess.run([sys.executable, str(HERE / "llama_checkpoint.py"), str(checkpoint), *small], check=True, env=alone)
+    dist.barrier()
+    from precision_policy.estimate.checkpoint import summarize
+
+    counted = summarize(checkpoint).histograms.values() if dist.get_rank() == 0 else []
+    total = sum(histogram.total for histogram in counted)
+    whole_share = 100 * sum(histogram.lost(1e-5) * histogram.total for histogram in counted) / max(total, 1)
+    size = ["batch=2", "length=64", "steps=3", "optimizer.fused=null"] if given.small else ["steps=12"]
+    rows, number = [], 0
+    for way in WAYS:
+        for policy, options in POLICIES.items():
+            part = job(number, checkpoint, [f"parallel={way}", *size, *options], timeout=600 if cuda else 120)
+            number += 1
+            parts: list = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, part)
+            if dist.get_rank() == 0:
+                rows.append(row(way, policy, parts, whole_share))
+                print(json.dumps(rows[-1]), flush=True)
+    if dist.get_rank() == 0:
+        columns = list(dict.fromkeys(key for one in rows for key in one))
+        with (given.out / ("ranks-small.csv" if given.small else "ranks.csv")).open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        for way in WAYS:
+            of = {one["policy"]: one for one in rows if one["way"] == way}
+            for policy in ("on", "mixed", "insists on bf16"):
+                speed = of[policy]["tokens_per_s"] / of["off"]["tokens_per_s"]
+                memory = of[policy]["peak_gib"] / of["off"]["peak_gib"] if cuda else float("nan")
+                print(f"{way:<8}{policy:<18} tokens/s {speed:.2f}, peak memory {memory:.2f} times those of off")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # torch 2.13 takes gloo groups down badly
+
+
+if __name__ == "__main__":
+    main()
