@@ -128,5 +128,29 @@ def main() -> None:
     save(figure, "cost.png")
 
 
+def compute_dtype() -> None:
+    """Throughput and peak memory of one Llama, by storage and compute dtype."""
+    with (HERE / "compute.csv").open() as file:
+        rows = {(row["shape"], row["way"]): row for row in csv.DictReader(file) if row["experiment"] == "cost"}
+    shapes = ["plain", "checkpointing", "torch.compile(model)"]
+    ways = {"off": "bf16 storage", "on": "on: computed in fp32", "on, own autocast": "on, own autocast", "mixed": "mixed"}
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axes, key, label, scale in zip(
+        both, ("tokens_per_s", "peak_gib"), ("thousands of tokens/s", "peak memory, GiB"), (1e-3, 1), strict=True
+    ):
+        for index, (way, name) in enumerate(ways.items()):
+            values = [scale * float(rows[shape, way][key]) for shape in shapes]
+            places = [x + 0.2 * (index - 1.5) for x in range(len(shapes))]
+            bars = axes.bar(
+                places, values, 0.19, color=f"{0.15 + 0.22 * index:.2f}", hatch=["", "//", "", ".."][index], label=name
+            )
+            axes.bar_label(bars, fmt="%.0f", fontsize=8, color=GREY)
+        axes.set_xticks(range(len(shapes)), shapes, fontsize=9)
+        axes.set(ylabel=label)
+        axes.legend(framealpha=0, fontsize=8)
+    save(figure, "compute.png")
+
+
 if __name__ == "__main__":
     main()
+    compute_dtype()

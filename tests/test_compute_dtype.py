@@ -172,7 +172,7 @@ def test_the_cost_is_said_where_the_policy_made_it(watch, said, monkeypatch):
     first, fix, *_ = text.splitlines()
     assert (
         first
-        == "precision_policy=on: the fp32 weights are computed in fp32 on Some GPU: about 10 times slower than in bf16, on an H200"
+        == "precision_policy=on: the fp32 weights are computed in fp32 on Some GPU: about 7 times slower than in bf16, on an H200"
     )
     assert fix == "  fix: precision_policy.compute_dtype=bfloat16  (the option mixed does the same)"
     for spelling in (
