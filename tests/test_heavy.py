@@ -70,6 +70,9 @@ def test_deepspeed(app, stage, builds_its_own):
     """The engine builds or gets a torch AdamW over bf16 and then swaps its own fp32 copies in: the warning is taken back."""
     config = f"stage: {stage}\nbuilds_its_own: {builds_its_own}\n{CONFIG}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    run = app(config, DEEPSPEED)("+precision_policy=on", "model.torch_dtype=bfloat16", python=torchrun)
+    train = app(config, DEEPSPEED)
+    run = train("+precision_policy=on", "model.torch_dtype=bfloat16", python=torchrun)
     assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "WARNING", "INFO"]
-    assert "INFO warning taken back" in run.log
+    assert "INFO precision_policy=on: warning taken back" in run.log
+    strict = train("+precision_policy=strict", "model.torch_dtype=bfloat16", python=torchrun)
+    assert [line.split()[0] for line in strict.log.splitlines()] == ["INFO"]

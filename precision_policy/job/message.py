@@ -144,7 +144,7 @@ def slow(plan: Plan, computed: str, device: str, device_type: str) -> str:
             '  or your framework\'s own: TrainingArguments(bf16=True), Lightning precision="bf16-mixed", accelerate '
             f'mixed_precision="bf16", FSDP2 MixedPrecisionPolicy(param_dtype=torch.bfloat16), '
             f'torch.autocast("{device_type}", torch.bfloat16)',
-            "  measured: a Llama of 1.10 B parameters, tokens/s: 6.4 thousand in fp32, 46.7 in bf16 by autocast (docs/evidence.md)",
+            "  measured: a Llama of 1.10 B parameters, tokens/s: 6.4 thousand in fp32, 46.7 in bf16 by autocast",
         ]
     )
 

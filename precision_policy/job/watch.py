@@ -117,6 +117,8 @@ class Watch:
             self._owners.follow(params)
 
     def _owner_found(self, module: nn.Module, param: torch.Tensor) -> None:
+        if param.dtype is not torch.float32:  # an engine has recast the module since
+            return
         already = compute_dtype.supplier(module, param.device.type)
         if self.plan.compute_dtype is None or (already is not None and already[1] is not None):
             self._supplier = already
