@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -75,22 +76,7 @@ def main() -> None:
         rows.append({"experiment": experiment, "shape": shape, "way": way, **result})
         print(json.dumps(rows[-1]), flush=True)
 
-    for shape, flags in SHAPES.items():
-        if given.small and "compile" in shape:
-            continue
-        for way, options in POLICIES.items():
-            steps = [] if given.small else ["steps=6"] if way == "on" else ["steps=20"]
-            row("cost", shape, way, *flags, *options, *steps)
-    if not given.small:
-        for way, options in BF16_OPTIMIZERS.items():
-            row("cost", "checkpointing", f"bf16, {way}", "checkpointing=true", "+precision_policy=off", *options)
-    if not given.skip_loss and not given.small:
-        for seed in (0, 1):  # their spread is what a difference is judged by
-            for way in ("on, own autocast", "mixed"):
-                row("loss after 50 steps", "plain", way, *POLICIES[way], f"seed={seed}", "steps=50")
-        kahan = BF16_OPTIMIZERS["optimi Kahan, Triton"]
-        for way, options in {"off": POLICIES["off"], "mixed": POLICIES["mixed"], "optimi Kahan, Triton": kahan}.items():
-            row("loss after 300 steps", "plain", way, *options, "steps=300")
+    measure(row, given.small, given.skip_loss)
     name = "compute-small.csv" if given.small else "compute.csv"
     columns = list(dict.fromkeys(key for one in rows for key in one))
     with (given.out / name).open("w", newline="") as file:
@@ -98,10 +84,35 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     if given.small:
-        for one in rows:
-            computed = re.search(r"computed in (\w+)", one["told"])
-            assert (computed[1] if computed else "") == EXPECTED[one["way"]], one
-        print("compute dtypes as expected")
+        check(rows)
+
+
+def measure(row: Callable[..., None], small: bool, skip_loss: bool) -> None:
+    """All rows, one job each."""
+    for shape, flags in SHAPES.items():
+        if small and "compile" in shape:
+            continue
+        for way, options in POLICIES.items():
+            steps = [] if small else ["steps=6"] if way == "on" else ["steps=20"]
+            row("cost", shape, way, *flags, *options, *steps)
+    if not small:
+        for way, options in BF16_OPTIMIZERS.items():
+            row("cost", "checkpointing", f"bf16, {way}", "checkpointing=true", "+precision_policy=off", *options)
+    if not skip_loss and not small:
+        for seed in (0, 1):  # their spread is what a difference is judged by
+            for way in ("on, own autocast", "mixed"):
+                row("loss after 50 steps", "plain", way, *POLICIES[way], f"seed={seed}", "steps=50")
+        kahan = BF16_OPTIMIZERS["optimi Kahan, Triton"]
+        for way, options in {"off": POLICIES["off"], "mixed": POLICIES["mixed"], "optimi Kahan, Triton": kahan}.items():
+            row("loss after 300 steps", "plain", way, *options, "steps=300")
+
+
+def check(rows: list[dict]) -> None:
+    """On a CPU: what was told of the compute dtypes is what each row asked for."""
+    for one in rows:
+        computed = re.search(r"computed in (\w+)", one["told"])
+        assert (computed[1] if computed else "") == EXPECTED[one["way"]], one
+    print("compute dtypes as expected")
 
 
 if __name__ == "__main__":

@@ -65,13 +65,20 @@ def distribute(model: torch.nn.Module, cfg: DictConfig, device: torch.device) ->
     return model
 
 
+def device_of_rank() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 @hydra.main(version_base="1.3", config_path=None, config_name="llama")
 def main(cfg: DictConfig) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = device_of_rank()
+    cuda = device.type == "cuda"
     if cfg.parallel != "none":
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(cfg.seed)

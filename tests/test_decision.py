@@ -106,28 +106,55 @@ def test_which_key(compose, model, written, tmp_path, monkeypatch):
     assert cfg.precision_policy.decision.key == (f"model.{written}" if written else None)
 
 
+TYPED = """
+import json
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+@dataclass
+class Text:
+    torch_dtype: Optional[str] = None
+
+@dataclass
+class Bare:
+    size: int = 1
+
+def optimizer():
+    return {"_target_": "torch.optim.AdamW"}
+
+@dataclass
+class WithText:
+    model: Text = field(default_factory=Text)
+    optimizer: Any = field(default_factory=optimizer)
+
+@dataclass
+class WithBare:
+    model: Bare = field(default_factory=Bare)
+    optimizer: Any = field(default_factory=optimizer)
+
+ConfigStore.instance().store("text", WithText)
+ConfigStore.instance().store("bare", WithBare)
+
+@hydra.main(version_base="1.3", config_name="text")
+def main(cfg):
+    print("CONFIG " + json.dumps(OmegaConf.to_container(cfg)))
+
+main()
+"""
+
+
 def test_typed_nodes(app):
     """A typed field takes float32 where its type does; where there is no such field, the node is left alone."""
-    code = (
-        "from dataclasses import dataclass, field\nfrom typing import Any, Optional\nimport enum, json, hydra\n"
-        "from hydra.core.config_store import ConfigStore\nfrom omegaconf import OmegaConf\n"
-        "class D(enum.Enum):\n    bf16 = 1\n    auto = 2\n"
-        "@dataclass\nclass Text:\n    torch_dtype: Optional[str] = None\n"
-        "@dataclass\nclass Enum:\n    torch_dtype: Optional[D] = None\n"
-        "@dataclass\nclass Bare:\n    size: int = 1\n"
-        "@dataclass\nclass Config:\n    model: Any = field(default_factory=Text)\n"
-        "    optimizer: Any = field(default_factory=lambda: {'_target_': 'torch.optim.AdamW'})\n"
-        "for kind in (Text, Enum, Bare):\n"
-        "    ConfigStore.instance().store(group='model', name=kind.__name__, node=kind)\n"
-        "ConfigStore.instance().store('typed', Config)\n"
-        "@hydra.main(version_base='1.3', config_name='typed')\ndef main(cfg):\n"
-        "    print('CONFIG ' + json.dumps(OmegaConf.to_container(cfg)))\n"
-        "main()\n"
-    )
-    run = app(code=code)
-    assert run("+precision_policy=on").config["model"]["torch_dtype"] == "float32"
-    bare = run("+precision_policy=on", "+model=Bare", "~model.torch_dtype", status=None)
-    assert bare.status == 1 or bare.config["precision_policy"]["decision"]["rule"] == "target_takes_no_dtype"
+    train = app(code=TYPED)
+    assert train("+precision_policy=on").config["model"] == {"torch_dtype": "float32"}
+    bare = train("--config-name", "bare", "+precision_policy=on").config
+    assert bare["model"] == {"size": 1}
+    assert bare["precision_policy"]["decision"]["rule"] == "target_takes_no_dtype"
+    assert "typed as Bare" in bare["precision_policy"]["decision"]["reason"]
 
 
 def test_read_only_root(app):
