@@ -71,7 +71,7 @@ def composition() -> None:
 def construction() -> None:
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(10_000)]
     make = lambda: torch.optim.AdamW(params, lr=1e-5)
-    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32", confirms=True))
 
     @contextlib.contextmanager
     def armed():
@@ -95,7 +95,7 @@ def steps() -> None:
         return torch.optim.AdamW(params, lr=1e-5)
 
     plain = optimizer()
-    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32"))
+    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32", confirms=True))
     watch.arm()
     watched = optimizer()
     watched.step()  # the look before the first step, which removes itself

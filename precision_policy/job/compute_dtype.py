@@ -86,8 +86,9 @@ class Probe:
         self._seen: list[torch.Tensor] = []
         self._other: str | None = None
         self._handles: list[Any] = []
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        some = params if len(params) <= 4 * _MATRICES else params[:: len(params) // (4 * _MATRICES)]
+        some: list[torch.Tensor] = []
+        for group in optimizer.param_groups[: 4 * _MATRICES]:
+            some += group["params"][:: max(1, len(group["params"]) // (4 * _MATRICES))]
         matrices = [p for p in some if p.dim() > 1 and p.requires_grad and p.is_leaf and _is_plain(p)]
         for param in matrices[:: max(1, len(matrices) // _MATRICES)][:_MATRICES]:
             handles: list[Any] = []
