@@ -92,7 +92,7 @@ class Probe:
         matrices = [p for p in some if p.dim() > 1 and p.requires_grad and p.is_leaf and _is_plain(p)]
         for param in matrices[:: max(1, len(matrices) // _MATRICES)][:_MATRICES]:
             handles: list[Any] = []
-            handles.append(param.register_hook(functools.partial(self._look, handles)))
+            handles.append(param.register_hook(functools.partial(self._look, handles)))  # type: ignore[no-untyped-call]  # torch gives it no type
             self._handles += handles
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type

@@ -111,7 +111,7 @@ class Watch:
 
     def _follow_compute(self, optimizer: Optimizer) -> None:
         self._probes[id(optimizer)] = compute_dtype.Probe(optimizer)
-        # Reading every dtype costs a tenth of the construction. Where bf16 is not supplied, the first parameter tells of shards.
+        # Reading every dtype costs a tenth of the construction. Without bf16 to supply, the first parameter tells of shards.
         if self.plan.compute_dtype is not None or compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1]):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             self._owners.follow(parameters.trainable(params, (torch.float32,)))
