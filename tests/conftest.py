@@ -45,6 +45,13 @@ _RANKS = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|SLURM_|OMPI_|PMI_|PMIX_|HYDRA
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not _RANKS.match(key)} | {"OMP_NUM_THREADS": "1"}
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that start an application: mutation testing does without them."""
+    for item in items:
+        if "app" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
+
+
 @dataclass
 class Run:
     """What a finished process said."""

@@ -577,3 +577,12 @@ def test_the_way_to_keep_bf16_is_a_line_that_was_tried(app):
     assert "WARNING" not in after.log
     amsgrad = train("+precision_policy=on", "model.torch_dtype=bfloat16", "+optimizer.amsgrad=true")
     assert "or keep bf16 with a compensating optimizer: torch-optimi, with Kahan summation" in amsgrad.out
+
+
+def test_each_job_of_a_sweep_tries_the_line_on_its_own_config(app):
+    """The first job's optimizer has an argument that torch-optimi does not take; the second job's has none."""
+    train = app(CONFIG.partition("optimizer:")[0] + "defaults: [_self_, optimizer: sgd]\n")
+    train.write("conf/optimizer/sgd.yaml", "{_target_: torch.optim.SGD, _partial_: true, lr: 0.1, dampening: 0.0}")
+    train.write("conf/optimizer/adamw.yaml", "{_target_: torch.optim.AdamW, _partial_: true, lr: 1e-5}")
+    run = train("--multirun", "+precision_policy=on", "model.torch_dtype=bfloat16", "optimizer=sgd,adamw")
+    assert "or keep bf16 with a compensating optimizer: optimizer._target_=optimi.AdamW  (adds 128 B)" in run.out

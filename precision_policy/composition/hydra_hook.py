@@ -20,8 +20,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 _NODE = "precision_policy"
 _OPTIONS = ("on", "mixed", "warn", "strict")
 _MARK = "_precision_policy_wrap"
-# The options of the group that was written as a plain value: YAML and Hydra read an unquoted on as true.
-_PLAIN_VALUE = re.compile(rf"\+{{0,2}}{_NODE}=(true|false|on|off|yes|no|\d+|\{{.*|\[.*)", re.IGNORECASE)
+# An override that sets the group as a plain value: YAML and Hydra read an unquoted on as true. Compiled where it is needed,
+# since every Hydra application on the machine imports this.
+_PLAIN_VALUE = rf"(?i)\+{{0,2}}{_NODE}=(true|false|on|off|yes|no|\d+|\{{.*|\[.*)"
 _WHAT_TO_WRITE = (
     f'Write +{_NODE}=on on the command line, or - {_NODE}: "on", quoted, in a defaults list. YAML reads a bare on as true.'
 )
@@ -84,7 +85,7 @@ def _load(
     try:
         cfg = original(self, config_name, overrides, run_mode, *args, **kwargs)
     except ValueError as error:
-        plain = next((text for text in overrides if _PLAIN_VALUE.fullmatch(text)), None)
+        plain = next((text for text in overrides if re.fullmatch(_PLAIN_VALUE, text)), None)
         if plain is None:
             raise
         raise ConfigCompositionException(
@@ -172,11 +173,12 @@ def _read_defaults(original: Callable[..., Any], self: Any, config_path: str, de
 
 def _job_start(original: Callable[..., None], self: Any, config: DictConfig, *args: Any, **kwargs: Any) -> None:
     """Give the job the policy's callback. Named in the config, it would need a whitelist entry in Hydra 1.4."""
-    if _is_on(config):
+    node = _node(config)
+    if _is_ours(node) and node.get("enabled", True):
         from precision_policy.job.callback import JobCallback
 
         if not any(isinstance(callback, JobCallback) for callback in self.callbacks):
-            self.callbacks.append(JobCallback(functools.partial(_compose_again, config)))
+            self.callbacks.append(JobCallback(_node, _compose_again))
     original(self, config, *args, **kwargs)
 
 
@@ -188,11 +190,14 @@ def _compose_again(config: DictConfig, more: list[str]) -> DictConfig:
     return GlobalHydra.instance().config_loader().load_configuration(config.hydra.job.config_name, words, RunMode.RUN)
 
 
-def _is_on(cfg: DictConfig) -> bool:
+def _node(cfg: DictConfig) -> Any:
+    """The policy's node of a job's config, or None."""
     node = cfg.get(_NODE)
-    if node is None and "hydra" in cfg:
-        node = cfg.hydra.__dict__["_content"].get(_NODE)  # where the root is instantiated whole; HydraConf knows no such key
-    return _is_ours(node) and bool(node.get("enabled", True))
+    if node is None and "_target_" in cfg.keys() and "hydra" in cfg:  # noqa: SIM118 - in would resolve an interpolation
+        from precision_policy.composition import config_tree
+
+        return dict(config_tree.children(cfg.hydra)).get(_NODE)  # where `_decide` has moved it
+    return node
 
 
 def _is_ours(node: Any) -> bool:

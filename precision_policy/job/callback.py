@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -22,10 +23,12 @@ class JobCallback(Callback):
     """Speaks and watches for every job of a run or sweep; there is one for all jobs of a sweep in one process.
 
     Args:
-        compose: composes the job's config with further overrides, so that advice is tried before it is given.
+        find: gives the policy's node of a job's config, or None.
+        compose: composes a job's config with further overrides, so that advice is tried before it is given.
     """
 
-    def __init__(self, compose: Callable[[list[str]], DictConfig] | None = None) -> None:
+    def __init__(self, find: Callable[[DictConfig], Any], compose: Callable[[DictConfig, list[str]], DictConfig]) -> None:
+        self._find = find
         self._compose = compose
         self._stops: list[Callable[[], None]] = []
 
@@ -37,10 +40,7 @@ class JobCallback(Callback):
                 turns those that a callback raises into warnings, and the job would run without its policy.
         """
         _call_all(self._stops)
-        settings = config.get("precision_policy")  # absent where a sweep deletes it
-        if settings is None and "hydra" in config:
-            # Where the application instantiates its whole config, the record stands where that does not see it.
-            settings = config.hydra.__dict__["_content"].get("precision_policy")
+        settings = self._find(config)  # absent where a sweep deletes it
         if not isinstance(settings, DictConfig) or not settings.get("enabled", True):
             return
         node: dict[str, Any] = OmegaConf.to_container(settings)  # type: ignore[assignment]  # of a mapping, it is one
@@ -55,7 +55,7 @@ class JobCallback(Callback):
             for decision in plan.decisions(node):
                 level = logging.WARNING if plan.found_nothing(decision) else logging.INFO
                 _LOG.log(level, "%s: %s", todo.option, plan.line(decision))
-        self._stops = _arm(todo, self._compose)
+        self._stops = _arm(todo, functools.partial(self._compose, config))
         # Hydra 1.3 ends a job that KeyboardInterrupt stops without telling its callbacks.
         weakref.finalize(self, _call_all, self._stops)
 
@@ -64,7 +64,7 @@ class JobCallback(Callback):
         _call_all(self._stops)
 
 
-def _arm(todo: plan.Plan, compose: Callable[[list[str]], DictConfig] | None) -> list[Callable[[], None]]:
+def _arm(todo: plan.Plan, compose: Callable[[list[str]], DictConfig]) -> list[Callable[[], None]]:
     """Arm what the plan asks for; the result undoes it."""
     stops: list[Callable[[], None]] = []
     # Imported here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.

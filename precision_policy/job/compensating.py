@@ -15,7 +15,7 @@ from torch.optim import Adam, AdamW, Optimizer
 _NOT_ARGUMENTS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 
-def line(optimizer: Optimizer, path: str, compose: Callable[[list[str]], DictConfig] | None) -> str | None:
+def line(optimizer: Optimizer, path: str, compose: Callable[[list[str]], DictConfig]) -> str | None:
     """The overrides that put torch-optimi's optimizer of the same name into the config, tried; None where there are none.
 
     Args:
@@ -24,7 +24,7 @@ def line(optimizer: Optimizer, path: str, compose: Callable[[list[str]], DictCon
         compose: composes the job's config with further overrides.
     """
     name = {Adam: "Adam", AdamW: "AdamW"}.get(type(optimizer))
-    if name is None or compose is None or importlib.util.find_spec("optimi") is None:
+    if name is None or importlib.util.find_spec("optimi") is None:
         return None
     node = OmegaConf.select(compose([]), path)
     if not isinstance(node, DictConfig) or not str(node.get("_target_", "")).startswith("torch.optim."):
