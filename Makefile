@@ -46,6 +46,11 @@ nightly:  ## 10,000 generated config trees
 nightly: .venv/ready
 	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest -n $(JOBS) tests/test_any_config.py
 
+mutants:  ## change the code in thousands of small ways and count which changes the tests notice: under an hour
+mutants: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/mutmut run --max-children $(JOBS) > mutants.log 2>&1
+	.venv/bin/python tests/mutants.py
+
 clean:  ## remove all environments and outputs
 	rm -rf .venv .venv-* .demo build dist *.egg-info
 

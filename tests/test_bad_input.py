@@ -1,5 +1,7 @@
 """What cannot be right stops before the job starts, with a message that names the key, the value and the fix."""
 
+from textwrap import dedent
+
 import pytest
 
 
@@ -48,16 +50,25 @@ def test_in_a_sweep(app):
 
 def test_typed_field_that_refuses(app):
     """The message names the key, float32, and how to go on."""
-    code = (
-        "import enum, hydra\nfrom dataclasses import dataclass, field\nfrom typing import Any, Optional\n"
-        "from hydra.core.config_store import ConfigStore\n"
-        "class D(enum.Enum):\n    bf16 = 1\n"
-        "@dataclass\nclass Model:\n    torch_dtype: Optional[D] = None\n"
-        "@dataclass\nclass Config:\n    model: Model = field(default_factory=Model)\n"
-        "    optimizer: Any = field(default_factory=lambda: {'_target_': 'torch.optim.AdamW'})\n"
-        "ConfigStore.instance().store('typed', Config)\n"
-        "@hydra.main(version_base='1.3', config_name='typed')\ndef main(cfg): print('ran')\nmain()\n"
-    )
+    code = dedent("""
+        import enum, hydra
+        from dataclasses import dataclass, field
+        from typing import Any, Optional
+        from hydra.core.config_store import ConfigStore
+        class D(enum.Enum):
+            bf16 = 1
+        @dataclass
+        class Model:
+            torch_dtype: Optional[D] = None
+        @dataclass
+        class Config:
+            model: Model = field(default_factory=Model)
+            optimizer: Any = field(default_factory=lambda: {'_target_': 'torch.optim.AdamW'})
+        ConfigStore.instance().store('typed', Config)
+        @hydra.main(version_base='1.3', config_name='typed')
+        def main(cfg): print('ran')
+        main()
+    """)
     run = app(code=code)("+precision_policy=on", status=1)
     assert "model.torch_dtype=float32" in run.err
     assert "precision_policy=warn" in run.err

@@ -449,16 +449,21 @@ def test_where_it_is_there_already(app, checkpoint, body, by):
     assert run.log.splitlines()[1].endswith(f"stored in fp32, computed in bf16 by {by}")
 
 
-MANUAL = LIGHTNING.replace(
-    "    def training_step(self, batch, index):\n        return self.net(input_ids=batch, labels=batch).loss\n",
-    "    automatic_optimization = False\n"
-    "    def training_step(self, batch, index):\n"
-    "        optimizer = self.optimizers()\n"
-    "        loss = self.net(input_ids=batch, labels=batch).loss\n"
-    "        self.manual_backward(loss)\n"
-    "        optimizer.step()\n"
-    "        optimizer.zero_grad()\n",
-)
+AUTOMATIC = """
+    def training_step(self, batch, index):
+        return self.net(input_ids=batch, labels=batch).loss
+"""
+BY_HAND = """
+    automatic_optimization = False
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        loss = self.net(input_ids=batch, labels=batch).loss
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+assert AUTOMATIC in LIGHTNING
+MANUAL = LIGHTNING.replace(AUTOMATIC, BY_HAND)
 
 
 @pytest.mark.parametrize("code", [LIGHTNING, MANUAL], ids=["automatic", "manual"])

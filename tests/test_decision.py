@@ -1,5 +1,7 @@
 """The decision table, as the Compose API shows it."""
 
+from textwrap import dedent
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -91,11 +93,18 @@ def test_which_key(compose, model, written, tmp_path, monkeypatch):
     """An existing key is kept; an absent one is added only where its target is known to take it."""
     (tmp_path / "target_models").mkdir()
     (tmp_path / "target_models/__init__.py").write_text(
-        "class TakesDtype:\n    def __init__(self, dtype=None): ...\n"
-        "class TakesTorchDtype:\n    def __init__(self, torch_dtype: str | None = None, **kwargs): ...\n"
-        "class TakesAnything:\n    def __init__(self, **kwargs): ...\n"
-        "class TakesNothing:\n    def __init__(self, size=1): ...\n"
-        "class TakesObjectsOnly:\n    def __init__(self, dtype: 'torch.dtype' = None): ...\n"
+        dedent("""
+            class TakesDtype:
+                def __init__(self, dtype=None): ...
+            class TakesTorchDtype:
+                def __init__(self, torch_dtype: str | None = None, **kwargs): ...
+            class TakesAnything:
+                def __init__(self, **kwargs): ...
+            class TakesNothing:
+                def __init__(self, size=1): ...
+            class TakesObjectsOnly:
+                def __init__(self, dtype: 'torch.dtype' = None): ...
+        """)
     )
     (tmp_path / "target_models/broken.py").write_text("raise SystemExit('no')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -159,17 +168,23 @@ def test_typed_nodes(app):
 
 def test_read_only_root(app):
     """A config that its application made read-only is written all the same, and stays read-only."""
-    code = (
-        "import json, hydra\nfrom dataclasses import dataclass, field\nfrom typing import Any\n"
-        "from hydra.core.config_store import ConfigStore\nfrom omegaconf import OmegaConf\n"
-        "@dataclass(frozen=True)\nclass Config:\n"
-        "    model: Any = field(default_factory=lambda: {'torch_dtype': 'auto'})\n"
-        "    optimizer: Any = field(default_factory=lambda: {'_target_': 'torch.optim.AdamW'})\n"
-        "ConfigStore.instance().store('frozen', Config)\n"
-        "@hydra.main(version_base='1.3', config_name='frozen')\ndef main(cfg):\n"
-        "    assert OmegaConf.is_readonly(cfg)\n    print('CONFIG ' + json.dumps(OmegaConf.to_container(cfg)))\n"
-        "main()\n"
-    )
+    code = dedent("""
+        import json, hydra
+        from dataclasses import dataclass, field
+        from typing import Any
+        from hydra.core.config_store import ConfigStore
+        from omegaconf import OmegaConf
+        @dataclass(frozen=True)
+        class Config:
+            model: Any = field(default_factory=lambda: {'torch_dtype': 'auto'})
+            optimizer: Any = field(default_factory=lambda: {'_target_': 'torch.optim.AdamW'})
+        ConfigStore.instance().store('frozen', Config)
+        @hydra.main(version_base='1.3', config_name='frozen')
+        def main(cfg):
+            assert OmegaConf.is_readonly(cfg)
+            print('CONFIG ' + json.dumps(OmegaConf.to_container(cfg)))
+        main()
+    """)
     assert app(code=code)("+precision_policy=on").config["model"] == {"torch_dtype": "float32"}
 
 

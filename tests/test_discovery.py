@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from textwrap import dedent
 
 from conftest import ENVIRONMENT
 
@@ -34,10 +35,13 @@ def test_that_this_check_can_fail():
 
 
 def test_a_job_without_the_policy_imports_none_of_it(app):
-    code = (
-        "import hydra, sys\n@hydra.main(version_base='1.3', config_path='conf', config_name='config')\n"
-        "def main(cfg):\n    print(sorted(name for name in sys.modules if name.startswith(('precision_policy', 'torch'))))\nmain()\n"
-    )
+    code = dedent("""
+        import hydra, sys
+        @hydra.main(version_base='1.3', config_path='conf', config_name='config')
+        def main(cfg):
+            print(sorted(name for name in sys.modules if name.startswith(('precision_policy', 'torch'))))
+        main()
+    """)
     assert (
         app(code=code)().out.strip()
         == "['precision_policy', 'precision_policy.composition', 'precision_policy.composition.hydra_hook', 'precision_policy.conf']"

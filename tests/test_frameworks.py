@@ -1,5 +1,7 @@
 """The promise is any Hydra application: real frameworks, each as its own users run it."""
 
+from textwrap import dedent
+
 import pytest
 from conftest import CONFIG
 
@@ -194,12 +196,14 @@ def test_hydra_zen(app):
 
 def test_a_sweep_whose_second_job_fails(app):
     """The failure ends the sweep as it would without the policy; the job before it and torch are unharmed."""
-    code = (
-        "import hydra, torch\n@hydra.main(version_base='1.3', config_path='conf', config_name='config')\n"
-        "def main(cfg):\n    torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])\n"
-        "    assert cfg.model.torch_dtype == 'float32', 'second job'\n"
-        "main()\n"
-    )
+    code = dedent("""
+        import hydra, torch
+        @hydra.main(version_base='1.3', config_path='conf', config_name='config')
+        def main(cfg):
+            torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
+            assert cfg.model.torch_dtype == 'float32', 'second job'
+        main()
+    """)
     run = app(CONFIG, code)("--multirun", "+precision_policy=on", "model.torch_dtype=auto,bfloat16", status=1)
     assert run.log.count("WARNING") == 2
     assert "second job" in run.err

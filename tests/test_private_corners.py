@@ -1,5 +1,7 @@
 """What the package touches that is not public: these fail when it moves, before a user's job does."""
 
+from textwrap import dedent
+
 import pytest
 import torch
 from conftest import CONFIG, TRAIN
@@ -53,16 +55,21 @@ def test_torch():
 )
 def test_a_hydra_that_the_hook_does_not_fit(app, what):
     """The hook says that it is not installed, and touches nothing."""
-    code = (
-        f"import hydra._internal.config_loader_impl, hydra._internal.callbacks\n{what}\n"
-        "from precision_policy.composition.hydra_hook import install\nprint('INSTALLED', install())\n"
-    )
+    code = dedent(f"""
+            import hydra._internal.config_loader_impl, hydra._internal.callbacks
+            {what}
+            from precision_policy.composition.hydra_hook import install
+            print('INSTALLED', install())
+        """)
     assert "INSTALLED False" in app(code=code)().out
 
 
 def test_its_applications(app):
     """One that asks for the policy gets an error before the job; one that does not, and one that says off, run as ever."""
-    broken = "import precision_policy.composition.hydra_hook as hook\nhook.install = lambda: False\n"
+    broken = dedent("""
+        import precision_policy.composition.hydra_hook as hook
+        hook.install = lambda: False
+    """)
     train = app(CONFIG, broken + TRAIN)
     for option in ("on", "mixed", "warn", "strict"):
         run = train(f"+precision_policy={option}", status=1)

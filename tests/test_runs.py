@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from textwrap import dedent
 
 import hydra
 import pytest
@@ -73,11 +74,13 @@ def test_cfg_job(app):
 
 def test_compose_api(app):
     """``hydra.compose`` gives the same config."""
-    code = (
-        "import json\nfrom hydra import compose, initialize\nfrom omegaconf import OmegaConf\n"
-        "with initialize(version_base='1.3', config_path='conf'):\n"
-        "    print('CONFIG ' + json.dumps(OmegaConf.to_container(compose('config', ['+precision_policy=on']))))\n"
-    )
+    code = dedent("""
+        import json
+        from hydra import compose, initialize
+        from omegaconf import OmegaConf
+        with initialize(version_base='1.3', config_path='conf'):
+            print('CONFIG ' + json.dumps(OmegaConf.to_container(compose('config', ['+precision_policy=on']))))
+    """)
     assert app(code=code)().config == app(folder="run")("+precision_policy=on").config
 
 
@@ -109,15 +112,15 @@ def test_applications_own_option(app):
 
 def test_off_is_byte_identical(app, tmp_path):
     """Without the option, config and log are those of an environment in which the package is not installed."""
-    without = (
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.startswith(('precision_policy', 'hydra_plugins.hydra_precision_policy')):\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "import warnings; warnings.simplefilter('ignore')\n"
-    )
+    without = dedent("""
+        import sys
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if name.startswith(('precision_policy', 'hydra_plugins.hydra_precision_policy')):
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Block())
+        import warnings; warnings.simplefilter('ignore')
+    """)
     from conftest import TRAIN
 
     with_it, without_it = app(folder="with"), app(code=without + TRAIN, folder="without")
@@ -133,11 +136,11 @@ def test_hydra_that_this_version_does_not_know(app):
     """If composition is not where it was, the job stops with an error that says so."""
     from conftest import TRAIN
 
-    break_it = (
-        "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C\n"
-        "import precision_policy.composition.hydra_hook as hook\n"
-        "hook.install = lambda: None\n"
-    )
+    break_it = dedent("""
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl as C
+        import precision_policy.composition.hydra_hook as hook
+        hook.install = lambda: None
+    """)
     run = app(code=break_it + TRAIN)("+precision_policy=on", status=1)
     assert "does not know this version of Hydra" in run.err
     assert "CONFIG" not in run.out
@@ -153,9 +156,12 @@ def test_every_rule_logs_a_line(app, rule):
         "not_torch_optim": ["optimizer._target_=optimi.AdamW"],
         "explicit_dtype": ["model.torch_dtype=float32"],
     }[rule]
-    code = (
-        "import hydra\n@hydra.main(version_base='1.3', config_path='conf', config_name='config')\ndef main(cfg): ...\nmain()\n"
-    )
+    code = dedent("""
+        import hydra
+        @hydra.main(version_base='1.3', config_path='conf', config_name='config')
+        def main(cfg): ...
+        main()
+    """)
     level = "WARNING" if rule in ("no_model", "no_optimizer") else "INFO"
     assert f"{level} precision_policy=on: nothing set ({rule}): " in app(code=code)("+precision_policy=on", *arguments).log
 

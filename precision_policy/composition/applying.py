@@ -201,9 +201,9 @@ def _names(node: DictConfig) -> str:
 
 
 def _instead(at: Path, found: Any) -> str:
-    nothing = found is config_tree.ABSENT or found is None
-    what = "there is nothing" if nothing else f"there is a {type(found).__name__} and no node"
-    return f"{what} at {at.path}"
+    if found is config_tree.ABSENT or found is None:
+        return f"there is nothing at {at.path}"
+    return f"{at.path} is a plain value ({type(found).__name__}) and no node"
 
 
 def _set(cfg: DictConfig, decision: Decision) -> None:

@@ -195,14 +195,23 @@ def _chosen_dtype(facts: Facts, model: ModelFacts, fix: str) -> Decision | None:
     field = next((field for field in model.dtypes if field.chosen), None)
     if field is None:
         return None
-    start = field.note or f"{field.path}={_yaml(field.value)} was chosen and"
-    fp32 = str(field.value) in BF16_FOR_FP32
-    way = f"{field.override}={facts.fp32}"
-    other = "" if fp32 or isinstance(field.value, bool) else f" (fp32 storage: {way})"
-    reason = f"{start} stays as it is{other}"
+    start = field.note or f"{field.path}={yaml_word(field.value)} was chosen and"
     if isinstance(field.value, bool):
-        way = f"{field.override}={_yaml(not field.value)}"
-    return Decision("explicit_dtype", field.path, field.value, field.value, reason, way, fp32=fp32)
+        stores_fp32 = _true_means_fp32(field.path)
+        is_fp32 = field.value is stores_fp32
+        way = "" if stores_fp32 is None else f"{field.override}={yaml_word(stores_fp32)}"
+    else:
+        is_fp32 = str(field.value) in BF16_FOR_FP32
+        way = f"{field.override}={facts.fp32}"
+    other = f" (fp32 storage: {way})" if way and not is_fp32 else ""
+    reason = f"{start} stays as it is{other}"
+    return Decision("explicit_dtype", field.path, field.value, field.value, reason, way, fp32=is_fp32)
+
+
+def _true_means_fp32(path: str) -> bool | None:
+    """Whether a switch stores in fp32 when it is true, told by its name; None where the name does not tell."""
+    name = path.rpartition(".")[2]
+    return False if "16" in name or "half" in name else True if "32" in name else None
 
 
 def _writable(facts: Facts, model: ModelFacts, fix: str) -> Decision:
@@ -238,5 +247,6 @@ def _anyway(fix: str) -> str:
     return f" (fp32 storage all the same: {fix})" if fix else ""
 
 
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def yaml_word(value: Any) -> str:
+    """A plain value as YAML and the command line spell it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

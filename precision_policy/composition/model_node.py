@@ -51,9 +51,8 @@ def describe(
 
 
 def spell(path: str, overrides: Sequence[str]) -> str:
-    """The left side of the override that sets an existing ``path``: with a + where no config file has it."""
-    added = any(text.startswith((f"+{path}=", f"++{path}=")) for text in overrides)
-    return f"+{path}" if added else path
+    """The left side of the override that sets ``path``, as the job's own overrides spell it: with a + where no file has it."""
+    return next((f"{plus}{path}" for plus in ("++", "+") if any(text.startswith(f"{plus}{path}=") for text in overrides)), path)
 
 
 def _holders(model: DictConfig, keys: Sequence[str]) -> list[tuple[DictConfig, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from precision_policy.composition.decision import BF16_FOR_FP32, Decision
+from precision_policy.composition.decision import BF16_FOR_FP32, Decision, yaml_word
 
 NODE = "precision_policy"
 """The config group, and the node that holds its settings and its decision."""
@@ -22,7 +22,7 @@ class SettingError(ValueError):
     """A setting that cannot be right; the message names the key, the value and the fix."""
 
     def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
-        super().__init__(f"{key}={value}: {problem}.\n{fix}")
+        super().__init__(f"{key}={yaml_word(value)}: {problem}.\n{fix}")
 
 
 @dataclass(frozen=True)

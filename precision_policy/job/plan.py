@@ -69,7 +69,7 @@ def read(node: Mapping[str, Any], option: str) -> Plan:
     return Plan(
         option=option,
         fix=" ".join(fixes) or elsewhere or _NOT_IN_16_BITS,
-        asked=", ".join(f"{one['key']}={one['after']}" for one in fp32) if len(fp32) == len(made) else "",
+        asked=", ".join(f"{one['key']}={_word(one['after'])}" for one in fp32) if len(fp32) == len(made) else "",
         added=any(one["added"] for one in made),
         elsewhere=elsewhere,
         action=action,
@@ -97,3 +97,7 @@ def found_nothing(decision: Mapping[str, Any]) -> bool:
 
 def _explicit_16(decision: Mapping[str, Any]) -> bool:
     return decision["rule"] == "explicit_dtype" and not decision["fp32"]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
