@@ -11,9 +11,11 @@ import torch
 from conftest import CONFIG
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from test_frameworks import ACCELERATE, HEAD, LIGHTNING, LIGHTNING_CONFIG, LOAD, LOOP, TRAINER
 from torch import nn
 
+from precision_policy.job import compensating, compute_dtype
 from precision_policy.job.compute_dtype import LowBits, computed_in, in_fp32, low_bits
 from precision_policy.job.plan import Plan
 from precision_policy.job.watch import Watch
@@ -591,3 +593,80 @@ def test_each_job_of_a_sweep_tries_the_line_on_its_own_config(app):
     train.write("conf/optimizer/adamw.yaml", "{_target_: torch.optim.AdamW, _partial_: true, lr: 1e-5}")
     run = train("--multirun", "+precision_policy=on", "model.torch_dtype=bfloat16", "optimizer=sgd,adamw")
     assert "or keep bf16 with a compensating optimizer: optimizer._target_=optimi.AdamW  (adds 128 B)" in run.out
+
+
+@pytest.mark.parametrize(("capability", "name"), [((7, 5), None), ((8, 0), "GPU 1"), ((9, 0), "GPU 1")])
+def test_gpus_with_bf16_units(monkeypatch, capability, name):
+    """A mock: there may be no GPU here."""
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: capability if asked == device else (0, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda asked: f"GPU {asked.index}")
+    assert compute_dtype.bf16_device(device) == name
+
+
+@pytest.mark.parametrize(("device", "supported", "name"), [("xpu", True, "xpu"), ("xpu", False, None), ("cpu", True, None)])
+def test_other_devices_with_bf16_units(monkeypatch, device, supported, name):
+    """A mock: other accelerators are asked through their module of torch."""
+    monkeypatch.setattr(getattr(torch, device), "is_bf16_supported", lambda: supported, raising=False)
+    assert compute_dtype.bf16_device(torch.device(device)) == name
+    assert compute_dtype.bf16_device(torch.device("meta")) is None
+
+
+def overridden(node):
+    """Composes the node at job.optimizer as the command line would."""
+
+    def compose(words):
+        cfg = {"job": {"optimizer": dict(node)}}
+        for word in words:
+            key, _, value = word.removeprefix("~").partition("=")
+            key = key.removeprefix("job.optimizer.")
+            if word.startswith("~"):
+                del cfg["job"]["optimizer"][key]
+            else:
+                cfg["job"]["optimizer"][key] = value
+        return OmegaConf.create(cfg)
+
+    return compose
+
+
+ADAM = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "node", "line"),
+    [
+        (torch.optim.Adam, ADAM, "job.optimizer._target_=optimi.Adam"),
+        (torch.optim.Adam, {**ADAM, "params": None}, "job.optimizer._target_=optimi.Adam"),
+        (torch.optim.AdamW, {**ADAM, "_target_": "torch.optim.AdamW"}, "job.optimizer._target_=optimi.AdamW"),
+        (
+            torch.optim.Adam,
+            {**ADAM, "fused": True, "maximize": False, "capturable": False, "differentiable": False},
+            "job.optimizer._target_=optimi.Adam ~job.optimizer.fused ~job.optimizer.maximize ~job.optimizer.capturable "
+            "~job.optimizer.differentiable",
+        ),
+        (torch.optim.Adam, {**ADAM, "maximize": True}, None),
+        (torch.optim.Adam, {**ADAM, "amsgrad": True}, None),
+        (torch.optim.Adam, {"name": "adam"}, None),
+        (torch.optim.Adam, {**ADAM, "_target_": "lion.Lion"}, None),
+        (torch.optim.SGD, {**ADAM, "_target_": "torch.optim.SGD"}, None),
+    ],
+)
+def test_the_line_for_a_compensating_optimizer(kind, node, line):
+    """It is tried: torch-optimi makes its optimizer from what the line leaves."""
+    pytest.importorskip("optimi")
+    optimizer = kind([torch.nn.Parameter(torch.ones(2))], lr=1e-3)
+    assert compensating.line(optimizer, "job.optimizer", overridden(node)) == line
+
+
+def test_a_line_that_the_optimizer_refuses():
+    pytest.importorskip("optimi")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=1e-3)
+    with pytest.raises(ValueError, match="lr"):
+        compensating.line(optimizer, "job.optimizer", overridden({**ADAM, "lr": -1.0}))
+
+
+def test_where_torch_optimi_is_not_installed(monkeypatch):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=1e-3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert compensating.line(optimizer, "job.optimizer", overridden(ADAM)) is None
+    assert compensating.line(optimizer, "elsewhere", overridden(ADAM)) is None

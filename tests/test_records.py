@@ -54,15 +54,13 @@ def recorded(case):
     except SettingError as error:
         return ["  error", *(f"  {line}" for line in str(error).splitlines())]
     node = OmegaConf.to_container(cfg.pop(NODE))
-    made = node.pop("decision")
-    lines = [f"  setting {line.strip()}" for line in differences(node, USUAL_SETTINGS)]
-    for name, one in (made if node["pairs"] else {"": made}).items():
-        if one is not None:
-            lines += [f"  -- {name}".rstrip(" -"), *differences(one, USUAL_DECISION)]
-    if made is not None and not node["pairs"]:
-        lines += [f"  {plan.line(made)}"] * plan.found_nothing(made)
-        todo = differences(asdict(plan.read({**node, "decision": made}, "on")), asdict(plan.Plan("on")))
-        lines += [f"  job {line.strip()}" for line in todo]
+    lines = [f"  setting {line.strip()}" for line in differences(node, USUAL_SETTINGS | {"decision": node["decision"]})]
+    for one in plan.decisions(node) if node["decision"] else ():
+        level = "WARNING" if plan.found_nothing(one) else "INFO"
+        told = {key: value for key, value in one.items() if key not in ("rule", "before", "after", "reason")}
+        lines += [f"  {level} {plan.line(one)}", *(f"  {line}" for line in differences(told, USUAL_DECISION))]
+    if node["decision"]:
+        lines += [f"  job {line.strip()}" for line in differences(asdict(plan.read(node, "on")), asdict(plan.Plan("on")))]
     if cfg != before:
         lines.append(f"  config: {OmegaConf.to_container(cfg)}")
     return [line for line in lines if line]

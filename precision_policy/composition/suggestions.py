@@ -71,7 +71,7 @@ def other_keys(cfg: DictConfig, decision: Decision, overrides: Sequence[str]) ->
         for key, _ in config_tree.children(node):
             where = f"{path}.{key}" if path else key
             if where != decision.key and _DTYPE_KEY.fullmatch(key):
-                fp32 = _fp32_instead_of(config_tree.value(node, key))
+                fp32 = _fp32_instead_of(key, config_tree.value(node, key))
                 if fp32 is not None:
                     found.append(f"{model_node.spell(where, overrides)}={fp32}")
     return ", ".join(found[:_SHOWN])
@@ -84,8 +84,10 @@ def all_paths(cfg: DictConfig) -> list[str]:
     ]
 
 
-def _fp32_instead_of(value: Any) -> str | None:
+def _fp32_instead_of(key: str, value: Any) -> str | None:
     """What to write in place of a value that stores in 16 bits, or that nobody chose; None where it is neither."""
+    if key == "precision" and not str(value).endswith("-true"):  # Lightning's word: all but these store in fp32
+        return None
     if isinstance(value, bool):
         return "false" if value else None
     if value in UNCHOSEN:
