@@ -48,9 +48,16 @@ def watch():
     assert (nn.Module.__call__, nn.Module.compile) == before
 
 
+class Network(nn.Sequential):
+    """torch.compile leaves a module of torch's own, called by itself, as it is."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def network(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+    return Network(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
 
 
 def batch(seed=1):
@@ -260,6 +267,39 @@ def test_compiled(watch, said, way):
     assert losses[0] == compared[0]
     assert said()[0].endswith("computed in bf16 by autocast that the policy supplies")
     assert called(batch()).dtype is torch.float32
+
+
+def test_compiled_while_supplied_stays_compiled(watch):
+    """What is compiled runs under autocast, and is still there when the job ends."""
+    one, graphs = watch(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.0), 1)
+    model.compile(backend=backend, dynamic=False)
+    output = model(batch())
+    assert len(graphs) == 1
+    assert output.dtype is torch.float32
+    assert torch.equal(output, output.bfloat16().float())
+    one.disarm()
+    compiled = model.__dict__["_compiled_call_impl"]
+    assert compiled is not None
+    assert torch.allclose(model(batch()), network()(batch()), atol=1e-6)
+    assert model.__dict__["_compiled_call_impl"] is compiled
+    assert len(graphs) == 2  # compiled anew, without autocast
+
+
+def test_compiled_before_it_was_supplied_stays_compiled(watch):
+    one, model = watch(), network()
+    model.compile(backend="eager")
+    compiled = model.__dict__["_compiled_call_impl"]
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 1)
+    assert model.__dict__["_compiled_call_impl"] is not compiled
+    one.disarm()
+    assert model.__dict__["_compiled_call_impl"] is compiled
 
 
 def test_several_models_with_an_optimizer_each(watch, said):

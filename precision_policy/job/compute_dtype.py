@@ -194,29 +194,27 @@ class Supply:
     """Runs modules under bf16 autocast, until it is stopped."""
 
     def __init__(self) -> None:
-        self._slots: list[tuple[weakref.ref[nn.Module], Any, _UnderAutocast]] = []
+        self._slots: list[tuple[weakref.ref[nn.Module], _UnderAutocast]] = []
         self._undo: list[Callable[[], None]] = []
 
     def to(self, module: nn.Module, device_type: str) -> None:
         """Run this module under autocast from now on."""
-        before = module.__dict__.get("_compiled_call_impl")
-        call = _UnderAutocast(module, before, device_type)
+        call = _UnderAutocast(module, module.__dict__.get("_compiled_call_impl"), device_type)
         # Not by setattr: torch.compile's wrapper would hand it on to the module inside, where it would be traced.
         module.__dict__["_compiled_call_impl"] = call
-        self._slots.append((weakref.ref(module), before, call))
+        self._slots.append((weakref.ref(module), call))
         if not self._undo:
             self._undo.append(wrap(nn.Module, "compile", self._compiled))
 
     def stop(self) -> None:
         """Leave the modules as they were."""
         while self._slots:
-            reference, before, call = self._slots.pop()
+            reference, call = self._slots.pop()
             module = reference()
             if module is not None and module.__dict__.get("_compiled_call_impl") is call:
-                if before is None:
+                module.__dict__["_compiled_call_impl"] = call.inner
+                if call.inner is None:
                     del module.__dict__["_compiled_call_impl"]
-                else:
-                    module.__dict__["_compiled_call_impl"] = before
         while self._undo:
             self._undo.pop()()
 
