@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-WINDOWS: Final = 4  # of eight exponents each; what lies below them is not counted, what lies above is counted as one
+_WINDOWS: Final = 4  # of eight exponents each; what lies below them is not counted, what lies above is counted as one
 _INNER: Final = 7  # words per slot between two emptyings: 14 elements, and a 4-bit field holds 15
 _OUTER: Final = 18  # emptyings per program: 252 elements, and an 8-bit field holds 255
 _BLOCK: Final = 512
@@ -63,7 +63,30 @@ def _count(words, out, n, SHIFT: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.co
     tl.store(row + 32, tl.sum(above))
 
 
-def count(bits: torch.Tensor, shift: int, first: int) -> list[int]:
+def add_counts(bits: torch.Tensor, shift: int, counts: list[int]) -> torch.Tensor:
+    """Count the exponents of all but an odd first and last element.
+
+    Args:
+        bits: int16 on a CUDA device, contiguous.
+        shift: the position of the exponent's lowest bit: 7 for bf16, 10 for fp16.
+        counts: by biased exponent, 256 long; added to.
+
+    Returns:
+        The elements that are left to count.
+    """
+    head = int(bits.storage_offset()) % 2
+    tail = bits.numel() - (bits.numel() - head) % 2
+    low = 104 if shift == 7 else 0  # bf16: from 2**-23 on up to 2**9; fp16: all there are
+    *inside, above = _counts(bits[head:tail], shift, low // 8)
+    for exponent, number in enumerate(inside, start=low):
+        counts[exponent] += number
+    if low:
+        counts[low + 8 * _WINDOWS] += above  # 512 and more: which exponent exactly makes no difference to any lr < 1
+        counts[0] += int(tail - head) - sum(inside) - above  # under 2**-23: every lr over 2**-31 moves them
+    return torch.cat([bits[:head], bits[tail:]])
+
+
+def _counts(bits: torch.Tensor, shift: int, first: int) -> list[int]:
     """Count the 32 exponents from ``8 * first`` on, and all above them.
 
     Args:
@@ -79,7 +102,7 @@ def count(bits: torch.Tensor, shift: int, first: int) -> list[int]:
     out = torch.empty(programs, _COLUMNS, dtype=torch.int32, device=bits.device)
     with torch.cuda.device(bits.device):
         _count[(programs,)](words, out, words.numel(), shift, first, _BLOCK, _INNER, _OUTER, _COLUMNS, num_warps=4)
-    counts: list[int] = out[:, : 8 * WINDOWS + 1].sum(0).tolist()
+    counts: list[int] = out[:, : 8 * _WINDOWS + 1].sum(0).tolist()
     if first == 0:  # the words beyond the end were read as zeros
         counts[0] -= programs * _BLOCK * _INNER * _OUTER * 2 - bits.numel()
     return counts

@@ -207,18 +207,9 @@ def _bincount(bits: torch.Tensor, form: _Format) -> list[int]:
 
 
 def _count_on_cuda(bits: torch.Tensor, form: _Format, counts: list[int]) -> torch.Tensor:
-    """Add the counts of all but an odd first and last element, in one kernel; gives back what is left to count."""
+    """Add the counts of nearly all elements, in one kernel; gives back what is left to count."""
     try:
-        from precision_policy.estimate.cuda_histogram import WINDOWS, count
+        from precision_policy.estimate.cuda_histogram import add_counts
     except ImportError:  # a torch without Triton
         return bits
-    head = int(bits.storage_offset()) % 2
-    tail = bits.numel() - (bits.numel() - head) % 2
-    low = 104 if form is _FORMATS[torch.bfloat16] else 0  # bf16: from 2**-23 on up to 2**9; fp16: all there are
-    *inside, above = count(bits[head:tail], form.shift, low // 8)
-    for exponent, number in enumerate(inside, start=low):
-        counts[exponent] += number
-    if low:
-        counts[low + 8 * WINDOWS] += above  # 512 and more: which exponent exactly makes no difference to any lr < 1
-        counts[0] += int(tail - head) - sum(inside) - above  # under 2**-23: every lr over 2**-31 moves them
-    return torch.cat([bits[:head], bits[tail:]])
+    return add_counts(bits, form.shift, counts)
