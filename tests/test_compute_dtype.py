@@ -710,3 +710,114 @@ def test_where_torch_optimi_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert compensating.line(optimizer, "job.optimizer", overridden(ADAM)) is None
     assert compensating.line(optimizer, "elsewhere", overridden(ADAM)) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([(64, 64, 64, 32)], "bf16"),
+        ([(63, 63, 63, 40)], None),
+        ([(80, 80, 80, 31)], None),
+        ([(100, 99, 100, 50)], "fp16"),
+        ([(100, 0, 99, 50)], None),
+        ([(100, 0, 1, 50)], None),
+        ([(1000, 0, 9, 50)], "fp32"),
+        ([(1000, 0, 9, 50), (1000, 1000, 1000, 50)], "bf16"),
+        ([], None),
+    ],
+)
+def test_what_the_low_bits_tell(rows, told):
+    """64 elements, 32 values, and shares over 99% or under 1%."""
+    assert computed_in(LowBits(*row) for row in rows) == told
+
+
+def test_low_bits_are_counted_exactly():
+    smallest = torch.tensor(1, dtype=torch.int32).view(torch.float32).item()
+    gradient = torch.tensor([0.0, 1.0, -1.0, 1.0 + 2.0**-8, 1.0 + 2.0**-10, 1.0 + 2.0**-23, smallest, -0.0, 1.5])
+    assert LowBits(*low_bits(gradient).tolist()) == LowBits(7, 3, 5, 7)
+
+
+@pytest.mark.parametrize(("precision", "told"), [("highest", "fp32"), ("high", "TF32"), ("medium", "TF32"), (None, "fp32")])
+def test_tf32_is_told_by_its_switch(monkeypatch, precision, told):
+    def switch():
+        if precision is None:
+            raise RuntimeError("both the old and the new switches were used")
+        return precision
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", switch)
+    assert compute_dtype.fp32_or_tf32("fp32", torch.device("cuda")) == told
+    assert compute_dtype.fp32_or_tf32("fp32", torch.device("cpu")) == "fp32"
+    assert compute_dtype.fp32_or_tf32("bf16", torch.device("cuda")) == "bf16"
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, None), (None, None)]
+)
+def test_what_fsdp_says(one_rank, dtype, name):
+    """FSDP1 and FSDP2 as they are, on one rank."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+
+    told = ("FSDP's mixed precision", name) if name else None
+    for orig in (False, True):
+        policy = MixedPrecision(param_dtype=dtype)
+        wrapped = FullyShardedDataParallel(
+            network(), mixed_precision=policy, use_orig_params=orig, device_id=torch.device("cpu")
+        )
+        assert compute_dtype.supplier(wrapped, "cpu") == told
+        assert compute_dtype.supplier(nn.Sequential(wrapped), "cpu") == told
+    sharded = network()
+    fully_shard(sharded, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    assert compute_dtype.supplier(sharded, "cpu") == told
+    assert compute_dtype.is_sharded(list(sharded.parameters())[:1])
+    assert compute_dtype.supplier(FullyShardedDataParallel(network(), device_id=torch.device("cpu")), "cpu") is None
+
+
+def test_who_supplies_already():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    model = network()
+    assert compute_dtype.supplier(model, "cpu") is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype.supplier(model, "cpu") == ("the application's autocast", None)
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        assert compute_dtype.supplier(prepared, "cpu") == ("accelerate's mixed precision", None)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+
+def test_keywords_reach_the_model(watch):
+    class Scaled(Network):
+        def forward(self, x, *, factor):
+            return {0: super().forward(x) * factor, "factor": factor}
+
+    watch()
+    torch.manual_seed(0)
+    model = Scaled(nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for own in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=own):
+            output = model(batch(), factor=2)
+        assert output["factor"] == 2
+        assert output[0].dtype is (torch.bfloat16 if own else torch.float32)
+        output[0].float().sum().backward()
+        optimizer.step()
+
+
+def test_each_optimizer_is_followed_to_its_first_step_and_no_further(watch, said):
+    """Nothing is kept of an optimizer that has stepped."""
+    one = watch()
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 2)
+    assert (one._before_first_step, one._warned, one._probes) == (set(), set(), {})

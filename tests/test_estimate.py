@@ -168,6 +168,17 @@ def test_one_histogram_answers_every_rate():
     assert [counted.lost(lr) for lr in (0.0, 2**-9, 2**-8, 2**-15, 1.0)] == [1.0, 0.75, 0.0, 0.75, 0.0]
 
 
+@pytest.mark.parametrize("exponent", [1, 100, 126, 127, 254])
+def test_the_rate_that_loses_a_share(exponent):
+    """Weights of one exponent are lost below half a step of it, and the rate told is a power of two."""
+    counted = Histogram(torch.bfloat16)
+    assert counted.rate_losing(0.1) == 0.0
+    counted.counts[exponent], counted.counts[0] = 1, 9
+    assert counted.rate_losing(0.1) == 2.0 ** (exponent - 127 - 8)
+    assert counted.rate_losing(0.11) == 2.0 ** (1 - 127 - 8)
+    assert counted.rate_losing(1.1) == 0.0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", sorted(FORMATS, key=str))
 @pytest.mark.parametrize("size", [1 << 20, (1 << 24) + 3, 5_000_001])

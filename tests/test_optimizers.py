@@ -106,6 +106,16 @@ def test_apex_ignores_its_flag_for_bf16(said):
     assert len(said()) == 1
 
 
+def test_what_a_mock_of_apex_keeps():
+    """Its master weights are for fp16 alone; the flag is read from the instance too."""
+    optimizer = APEX(weights(), master_weights=True)
+    known = optimizers.look_up(optimizer)
+    assert [known.keeps(optimizer, dtype) for dtype in (torch.float16, torch.bfloat16)] == ["master", "nothing"]
+    optimizer.master_weights = False
+    assert known.keeps(optimizer, torch.float16) == "nothing"
+    assert optimizers._argument(optimizer, "no such argument") is None
+
+
 def test_deepspeed_is_judged_at_its_first_step(said):
     """Mocked, it needs compiled kernels: the class keeps none, but its engine swaps fp32 copies in before that."""
     swapped = DEEPSPEED(weights())

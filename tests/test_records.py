@@ -14,10 +14,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from precision_policy.__main__ import main
+from precision_policy.__main__ import main, plot
 from precision_policy.composition.applying import apply
 from precision_policy.composition.decision import DtypeField, Facts, ModelFacts, OptimizerFacts, decide
 from precision_policy.composition.settings import NODE, SettingError, Settings
+from precision_policy.estimate.checkpoint import summarize
 from precision_policy.job import message, optimizers, plan
 
 pytestmark = pytest.mark.once
@@ -163,6 +164,22 @@ def without_a_rate():
     return optimizer
 
 
+def without_the_key(kind):
+    """An older torch has no decoupled_weight_decay in its groups."""
+    optimizer = kind(tensors((64, 64)), lr=1e-5, weight_decay=0.01)
+    optimizer.param_groups[0].pop("decoupled_weight_decay", None)
+    return optimizer
+
+
+def shard(whole):
+    """A mock of FSDP1's parameters by their attributes; real ones are in test_distributed."""
+    (param,) = tensors((64, 64))
+    param._fsdp_flattened = True
+    if whole:
+        param._unpadded_unsharded_size = torch.Size([2 * 64 * 64])
+    return param
+
+
 def large(count):
     """A tensor of many elements that takes no memory."""
     return nn.Parameter(torch.empty(1, dtype=torch.bfloat16).expand(count // 1000, 1000), requires_grad=False)
@@ -198,6 +215,11 @@ def test_messages(file_regression):
         "RAdam": torch.optim.RAdam(tensors((64, 64)), lr=1e-5),
         "Adafactor": torch.optim.Adafactor(tensors((64, 64)), lr=1e-5),
         "names": named,
+        "AdamW of an older torch": without_the_key(torch.optim.AdamW),
+        "Adam of an older torch": without_the_key(torch.optim.Adam),
+        "no weight decay at all": torch.optim.NAdam(tensors((64, 64)), lr=1e-5),
+        "a shard": adamw({"params": [shard(True), *tensors((8,))]}),
+        "a shard of a whole that is not known": adamw({"params": [shard(False), *tensors((8,))]}),
         "a subclass": of_subclass("Mine", adamw({"params": tensors((8, 8))})),
     }
     usual = plan.Plan("precision_policy=on", fix="model.dtype=float32")
@@ -218,6 +240,7 @@ def test_messages(file_regression):
         "a fix that is not known, a line to paste, a sample", cases["one group"], "optimizer._target_=optimi.AdamW", sample=64
     )
     warned("bf16 is supplied", cases["one group"], compute_dtype="bfloat16", fix="a.dtype=float32 b.dtype=float32")
+    warned("a sample of a shard", cases["a shard"], sample=64)
     warned("asked for", named, asked="model.dtype=float32")
     warned("asked for, added, and some arrived", cases["two groups"], asked="model.dtype=float32", added=True)
     warned("asked for, another key", named, asked="m.d=fp32", added=True, elsewhere="trainer.precision=32-true")
@@ -230,6 +253,7 @@ def test_messages(file_regression):
             param.requires_grad_(True)
         lines.append(message.holds(optimizer, usual))
     lines.append(message.holds(cases["two groups"], usual))
+    lines.append(message.holds(cases["a shard of a whole that is not known"], usual))
     lines.append(message.taken_back(cases["Adam"], usual))
     fp32 = adamw({"params": [*tensors((1024, 1024), (64,), dtype=torch.float32), *frozen(tensors((9,), dtype=torch.float32))]})
     lines.append(message.wasted(fp32, usual))
@@ -264,6 +288,59 @@ NAMES = [
     "FC.weight",
     "model.norm.weight",
 ]
+
+
+def test_sizes():
+    sizes = [0, 999, 1000, 1024, 1023_000, 1000 * 2**10, 1000 * 2**20, 1000 * 2**30, 2**50]
+    assert [message._bytes(size) for size in sizes] == [
+        *("0 B", "999 B", "0.9766 KiB", "1 KiB", "999 KiB", "0.9766 MiB", "0.9766 GiB", "1000 GiB", "1.049e+06 GiB")
+    ]
+
+
+def test_the_plot(tmp_path):
+    """A staircase for each kind, told apart without colour."""
+    from matplotlib import pyplot
+
+    save_file(
+        {
+            "embed.weight": tensors((64, 64))[0].detach(),
+            "mlp.weight": tensors((64, 64), size=1.0, dtype=torch.float16)[0].detach(),
+        },
+        tmp_path / "model.safetensors",
+    )
+    kept = []
+
+    class Pyplot:
+        close = staticmethod(kept.append)
+
+        def __getattr__(self, name):
+            return getattr(pyplot, name)
+
+    plot(summarize(tmp_path), 1e-5, tmp_path / "plot.png", Pyplot())
+    (figure,) = kept
+    (axes,) = figure.axes
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tuple(figure.get_size_inches()), figure.get_layout_engine().__class__.__name__) == (
+        (7, 4.2),
+        "ConstrainedLayoutEngine",
+    )
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylim()) == ("log", "learning rate", (-2, 102))
+    assert axes.get_ylabel() == "weights that an update of size lr cannot move, %"
+    first, second, marked = axes.lines
+    assert list(marked.get_xdata()) == [1e-5, 1e-5]
+    rates = [2.0**power for power in range(-24, -9)]
+    for line, label, style, colour, marker in (
+        (first, "embedding (bf16)", "-", "0.0", "o"),
+        (second, "feed-forward (fp16)", "--", "0.0", "s"),
+    ):
+        assert list(line.get_xdata()) == rates
+        assert (line.get_label(), line.get_linestyle(), line.get_color(), line.get_marker()) == (label, style, colour, marker)
+        assert (line.get_drawstyle(), line.get_linewidth()) == ("steps-post", 2)
+    assert [label.get_text() for label in axes.get_legend().get_texts()] == ["embedding (bf16)", "feed-forward (fp16)"]
+    shares = dict(zip(rates, first.get_ydata(), strict=True))
+    assert shares[2.0**-24] > shares[2.0**-17] > shares[2.0**-13]
+    assert shares[2.0**-17] == pytest.approx(81.1, abs=0.1)  # as for 1e-5 in the table: the same for all rates up to 2^-16
+    pyplot.close(figure)
 
 
 def test_the_command_line(file_regression, capsys, tmp_path, monkeypatch):
