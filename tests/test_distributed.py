@@ -97,7 +97,7 @@ def test_fp32_storage(app, way):
 
 
 SPAWN = """
-import os
+import os, sys
 import hydra, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -109,7 +109,9 @@ def work(rank, store, cfg):
     weights = [torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))]
     hydra.utils.instantiate(cfg.optimizer)(weights)
     if store:
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # as above
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg):
