@@ -315,6 +315,45 @@ def test_several_models_with_an_optimizer_each(watch, said):
     assert len(said()) == 1
 
 
+def test_each_model_has_the_words_for_its_own_supplier(watch, said):
+    """Both models are called before either steps: one under the application's autocast, one under the policy's."""
+    watch()
+    own, supplied = network(0), network(1)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (own, supplied)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = own(batch()).float().square().mean()
+    (loss + supplied(batch()).square().mean()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    by = [line.partition("computed in bf16 by ")[2] for line in said()]
+    assert by == ["the application's autocast", "autocast that the policy supplies"]
+
+
+def test_one_optimizer_over_models_of_several_suppliers(watch, said):
+    watch()
+    own, supplied = network(0), network(1)
+    optimizer = torch.optim.AdamW([*own.parameters(), *supplied.parameters()], lr=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = own(batch()).float().square().mean()
+    (loss + supplied(batch()).square().mean()).backward()
+    optimizer.step()
+    assert said()[0].endswith("computed in bf16 by the application's autocast and autocast that the policy supplies")
+
+
+def test_a_model_that_turns_autocast_off_inside(watch, said):
+    class Exact(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x)
+
+    watch()
+    model = Exact(64, 64)
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert said()[0].endswith("stored in fp32, computed in fp32")
+    (text,) = said("WARNING")
+    assert "the model is called under autocast that the policy supplies, but turns it off inside" in text
+
+
 def test_the_outermost_module_that_owns_is_the_one(watch):
     watch()
 
@@ -723,6 +762,8 @@ def test_where_torch_optimi_is_not_installed(monkeypatch):
         ([(100, 0, 1, 50)], None),
         ([(1000, 0, 9, 50)], "fp32"),
         ([(1000, 0, 9, 50), (1000, 1000, 1000, 50)], "bf16"),
+        ([(1000, 0, 9, 50)] * 2 + [(1000, 1000, 1000, 50)], "bf16 in part"),
+        ([(1000, 0, 10, 50)] * 2 + [(1000, 1000, 1000, 50)], "bf16"),
         ([], None),
     ],
 )
@@ -820,4 +861,4 @@ def test_each_optimizer_is_followed_to_its_first_step_and_no_further(watch, said
     one = watch()
     model = network()
     train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 2)
-    assert (one._before_first_step, one._warned, one._probes) == (set(), set(), {})
+    assert (one._before_first_step, one._warned, one._probes, one._suppliers) == (set(), set(), {}, {})

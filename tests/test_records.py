@@ -123,11 +123,15 @@ def test_the_table(file_regression):
         "": {},
         "peft": {"peft": "peft.r=8"},
         "peft found": {"peft": "lora.r=8", "peft_setting": "precision_policy.peft"},
+        "peft, mixed": {"peft": "peft.r=8", "compute_dtype": "bfloat16"},
         "warns": {"write": False},
         "mixed, advice": {"compute_dtype": "bfloat16", "advice": "; do this", "fp32": 32},
     }
     lines = []
-    cases = [*product(models, ["torch's"], ["", "warns"]), *product(["nothing", "unset", "refused"], optimizers, more)]
+    cases = [
+        *product(models, ["torch's"], ["", "warns", "mixed, advice"]),
+        *product(["nothing", "unset", "refused"], optimizers, more),
+    ]
     for model, optimizer, name in dict.fromkeys(cases):
         decision = asdict(decide(Facts(models[model], optimizers[optimizer], **more[name])))
         lines += [f"{model} | {optimizer} | {name}", *differences(decision, USUAL_DECISION), ""]
@@ -262,7 +266,8 @@ def test_messages(file_regression):
         lines.append(message.confirmed(fp32, usual, computed, by))
     lines.append(message.confirmed(cases["two groups"], usual, "bf16", None))
     lines += [message.slow(usual, kind, "NVIDIA H200", "cuda") for kind in ("fp32", "TF32")]
-    lines.append(message.not_supplied(plan.Plan("precision_policy=mixed", compute_dtype="bfloat16"), "TF32"))
+    mixed = plan.Plan("precision_policy=mixed", compute_dtype="bfloat16")
+    lines += [message.not_supplied(mixed, "TF32", by) for by in (None, "the application's autocast")]
     file_regression.check("\n".join(lines))
 
 

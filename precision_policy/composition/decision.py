@@ -172,12 +172,13 @@ def decide(facts: Facts) -> Decision:
 
 def _frozen_base(facts: Facts, model: ModelFacts, fix: str) -> Decision | None:
     anyway = _anyway(fix)
+    also = "; no bf16 compute is supplied to it" if facts.compute_dtype else ""
     if facts.peft is not None:
         not_here = f" (not about this model: {facts.peft_setting}=null)" if facts.peft_setting else ""
-        reason = f"PEFT is on ({facts.peft}), and a frozen base may stay in the checkpoint's dtype{not_here or anyway}"
+        reason = f"PEFT is on ({facts.peft}), and a frozen base may stay in the checkpoint's dtype{also}{not_here or anyway}"
         return Decision("peft", None, None, None, reason, fix, found=bool(facts.peft_setting))
     if model.quantized is not None:
-        reason = f"the model is quantized ({model.quantized}), and fp32 would undo what its dtype is for"
+        reason = f"the model is quantized ({model.quantized}), and fp32 would undo what its dtype is for{also}"
         return Decision("quantized", None, None, None, reason, fix, found=True)
     return None
 

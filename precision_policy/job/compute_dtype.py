@@ -64,15 +64,18 @@ def low_bits(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def computed_in(samples: Iterable[LowBits]) -> str | None:
-    """What matrices were computed in, told by the clearest of their gradients: "bf16", "fp16", "fp32", or None.
+    """What matrices were computed in: "bf16", "fp16", "fp32", "bf16 in part", or None where they do not tell.
 
-    "fp32" stands for TF32 too, which leaves no other trace.
+    "fp32" stands for TF32 too, which leaves no other trace. An embedding's gradient is a sum in fp32 also where all else is
+    computed in bf16, so "in part" takes more matrices in fp32 than in bf16.
     """
     usable = [one for one in samples if one.nonzero >= _FEWEST and one.distinct >= _DISTINCT]
     if not usable:
         return None
-    if max(one.zero_16 / one.nonzero for one in usable) > 0.99:
-        return "bf16"
+    bf16 = sum(one.zero_16 / one.nonzero > 0.99 for one in usable)
+    if bf16:
+        fp32 = sum(one.zero_13 / one.nonzero < 0.01 for one in usable)
+        return "bf16" if bf16 >= fp32 else "bf16 in part"
     share = max(one.zero_13 / one.nonzero for one in usable)
     if share > 0.99:
         return "fp16"
@@ -144,11 +147,11 @@ class Owners:
     """Finds the outermost modules that are called and own the followed parameters.
 
     Args:
-        found: called with each such module and one of its followed parameters, before the module's call goes on.
+        found: called with each such module and its followed parameters, before the module's call goes on.
         guarded: calls a function so that its failure does not end the job.
     """
 
-    def __init__(self, found: Callable[[nn.Module, torch.Tensor], None], guarded: Callable[..., None]) -> None:
+    def __init__(self, found: Callable[[nn.Module, list[nn.Parameter]], None], guarded: Callable[..., None]) -> None:
         self._found = found
         self._guarded = guarded
         self._lock = threading.RLock()
@@ -185,7 +188,7 @@ class Owners:
                 self._strangers.add(module)
                 return
             self._ids.difference_update(map(id, own))
-            self._found(module, own[0])
+            self._found(module, own)
             if not self._ids:
                 self.stop()
 

@@ -149,12 +149,23 @@ def slow(plan: Plan, computed: str, device: str, device_type: str) -> str:
     )
 
 
-def not_supplied(plan: Plan, computed: str) -> str:
-    """The warning for bf16 compute that was asked for and did not happen."""
+def not_supplied(plan: Plan, computed: str, by: str | None) -> str:
+    """The warning for bf16 compute that was asked for and did not happen.
+
+    Args:
+        plan: the job's.
+        computed: what the weights are computed in.
+        by: the autocast that the model's call is under, or None where no call was seen.
+    """
+    if by:
+        why = f"the model is called under {by}, but turns it off inside, or does nothing that autocast casts"
+        fix = "look for autocast(enabled=False) in the model"
+    else:
+        why = "no module that owns them was called through its __call__"
+        fix = "call the model as model(...), or put torch.autocast around what computes with it"
     return (
-        f"{plan.option}: compute_dtype={plan.compute_dtype} was asked for, but the weights are computed in {computed}: "
-        "no module that owns them was called through its __call__\n"
-        "  fix: call the model as model(...), or put torch.autocast around what computes with it"
+        f"{plan.option}: compute_dtype={plan.compute_dtype} was asked for, but the weights are computed in {computed}: {why}\n"
+        f"  fix: {fix}"
     )
 
 

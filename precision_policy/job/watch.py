@@ -59,7 +59,8 @@ class Watch:
         self._confirmed: set[tuple[Any, ...]] = set()
         self._supply = compute_dtype.Supply()
         self._owners = compute_dtype.Owners(self._owner_found, self._guarded)
-        self._supplier: tuple[str, str | None] | None = None
+        # Who supplies the compute dtype, by parameter; of an optimizer that has stepped, nothing is kept.
+        self._suppliers: dict[int, tuple[str, str | None]] = {}
         self._undo: list[Callable[[], None]] = []
 
     def arm(self) -> None:
@@ -116,15 +117,16 @@ class Watch:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             self._owners.follow(parameters.trainable(params, (torch.float32,)))
 
-    def _owner_found(self, module: nn.Module, param: torch.Tensor) -> None:
-        if param.dtype is not torch.float32:  # an engine has recast the module since
+    def _owner_found(self, module: nn.Module, params: list[nn.Parameter]) -> None:
+        if params[0].dtype is not torch.float32:  # an engine has recast the module since
             return
-        already = compute_dtype.supplier(module, param.device.type)
-        if self.plan.compute_dtype is None or (already is not None and already[1] is not None):
-            self._supplier = already
-            return
-        self._supplier = already or ("autocast that the policy supplies", None)
-        self._supply.to(module, param.device.type)
+        device_type = params[0].device.type
+        supplier = compute_dtype.supplier(module, device_type)
+        if self.plan.compute_dtype is not None and (supplier is None or supplier[1] is None):
+            supplier = supplier or ("autocast that the policy supplies", None)
+            self._supply.to(module, device_type)
+        if supplier is not None:
+            self._suppliers.update(dict.fromkeys(map(id, params), supplier))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in self._before_first_step:
@@ -174,22 +176,30 @@ class Watch:
         """Say what the weights are stored and computed in, and where that makes the run slow, how to mend it."""
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         seen = probe.read()
+        by, says = self._supplier_of(optimizer)
         if not any(p.dtype is torch.float32 for p in params) or not ranks.is_rank_zero():
             return
         device = params[0].device
-        by, says = self._supplier or (None, None)
         computed = compute_dtype.fp32_or_tf32(says or seen, device)
-        by = None if computed in ("fp32", "TF32", None) else by
-        signature = (frozenset(p.dtype for p in params), computed)
+        slow = computed in ("fp32", "TF32")
+        by_whom = None if slow or computed is None else by
+        signature = (frozenset(p.dtype for p in params), computed, by_whom)
         if signature not in self._confirmed:
             self._confirmed.add(signature)
-            _LOG.info(message.confirmed(optimizer, self.plan, computed, by))
-        if computed in ("fp32", "TF32"):
-            self._say_what_it_costs(computed, device)
+            _LOG.info(message.confirmed(optimizer, self.plan, computed, by_whom))
+        if computed is not None and slow:
+            self._say_what_it_costs(computed, device, by)
 
-    def _say_what_it_costs(self, computed: str, device: torch.device) -> None:
+    def _supplier_of(self, optimizer: Optimizer) -> tuple[str | None, str | None]:
+        """Who supplies the compute dtype of an optimizer's parameters, and what that is where it says so."""
+        every = [self._suppliers.pop(id(p), None) for group in optimizer.param_groups for p in group["params"]]
+        found = dict.fromkeys(one for one in every if one is not None)
+        says = {dtype for _, dtype in found}
+        return " and ".join(name for name, _ in found) or None, says.pop() if len(says) == 1 else None
+
+    def _say_what_it_costs(self, computed: str, device: torch.device, by: str | None) -> None:
         if self.plan.compute_dtype is not None:
-            self._say_once("not supplied", logging.WARNING, lambda: message.not_supplied(self.plan, computed))
+            self._say_once("not supplied", logging.WARNING, lambda: message.not_supplied(self.plan, computed, by))
         elif self.plan.set_over_checkpoint:
             name = compute_dtype.bf16_device(device)
             if name is not None:
