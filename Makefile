@@ -48,7 +48,7 @@ nightly: .venv/ready
 
 mutants:  ## change the code in thousands of small ways and count which changes the tests notice: under an hour
 mutants: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/mutmut run --max-children $(JOBS) > mutants.log 2>&1
+	PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 mutmut run --max-children $(JOBS)
 	.venv/bin/python tests/mutants.py
 
 clean:  ## remove all environments and outputs
