@@ -24,7 +24,8 @@ def main(directory: str, small: bool, steps: int) -> None:
     heads = shape["num_attention_heads"] // (2 if small else 8)
     config = LlamaConfig(vocab_size=512 if small else 32000, max_position_embeddings=2048, num_key_value_heads=heads, **shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM(config).to(device)
+    with device:
+        model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
     cfg = OmegaConf.create({"seed": 7, "length": 64 if small else 1024, "batch": 8})
     data = batches(text(100_000 if small else 1_800_000), cfg, 0, device)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +29,7 @@ POLICIES = {
     "strict": ["+precision_policy=strict", "+model.torch_dtype=bfloat16"],
     "insists on bf16": ["+precision_policy=on", "+model.torch_dtype=bfloat16"],
 }
+TIMED = ("off", "on", "mixed")
 WAYS = ("ddp", "fsdp2")
 
 
@@ -73,51 +75,85 @@ def row(way: str, policy: str, parts: list[tuple[int, str]], whole_share: float)
     return found
 
 
+def checked(way: str, policy: str, parts: list[tuple[int, str]], whole_share: float) -> dict:
+    """The row, or what did not hold: the other rows are wanted all the same."""
+    try:
+        return row(way, policy, parts, whole_share)
+    except AssertionError as error:
+        return {"way": way, "policy": policy, "ranks": len(parts), "failed": str(error)}
+
+
+def write(rows: list[dict], file: Path) -> None:
+    """All rows so far, one column for each key."""
+    columns = list(dict.fromkeys(key for one in rows for key in one))
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def ratios(rows: list[dict]) -> None:
+    """Print what each policy costs, as ratios to off."""
+    for way in WAYS:
+        of = {one["policy"]: one for one in rows if one["way"] == way}
+        for policy in TIMED[1:]:
+            for key in ("tokens_per_s", "peak_gib"):
+                if of["off"].get(key) and of[policy].get(key):  # no memory is told on a CPU
+                    print(f"{way:<8}{policy:<8}{key:<14}{of[policy][key] / of['off'][key]:.2f} times that of off")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="made where it is not there")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("override", nargs="*", help="for the application, such as batch=4")
     given = parser.parse_args()
     cuda = torch.cuda.is_available()
     dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    first = dist.get_rank() == 0
     given.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = given.out / "checkpoint"
-    if dist.get_rank() == 0 and not (checkpoint / "config.json").exists():
+    checkpoint = given.checkpoint or given.out / "checkpoint"
+    if first and not (checkpoint / "config.json").exists():
         small = ["--small", "--steps", "20"] if given.small else []
         alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         subprocess.run([sys.executable, str(HERE / "llama_checkpoint.py"), str(checkpoint), *small], check=True, env=alone)
     dist.barrier()
     from precision_policy.estimate.checkpoint import summarize
 
-    counted = summarize(checkpoint).histograms.values() if dist.get_rank() == 0 else []
+    counted = summarize(checkpoint).histograms.values() if first else []
     total = sum(histogram.total for histogram in counted)
     whole_share = 100 * sum(histogram.lost(1e-5) * histogram.total for histogram in counted) / max(total, 1)
     size = ["batch=2", "length=64", "steps=3", "optimizer.fused=null"] if given.small else ["steps=12"]
-    rows, number = [], 0
-    for way in WAYS:
-        for policy, options in POLICIES.items():
-            part = job(number, checkpoint, [f"parallel={way}", *size, *options], timeout=600 if cuda else 120)
-            number += 1
-            parts: list = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, part)
-            if dist.get_rank() == 0:
-                rows.append(row(way, policy, parts, whole_share))
-                print(json.dumps(rows[-1]), flush=True)
-    if dist.get_rank() == 0:
-        columns = list(dict.fromkeys(key for one in rows for key in one))
-        with (given.out / ("ranks-small.csv" if given.small else "ranks.csv")).open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        for way in WAYS:
-            of = {one["policy"]: one for one in rows if one["way"] == way}
-            for policy in ("on", "mixed", "insists on bf16"):
-                speed = of[policy]["tokens_per_s"] / of["off"]["tokens_per_s"]
-                memory = of[policy]["peak_gib"] / of["off"]["peak_gib"] if cuda else float("nan")
-                print(f"{way:<8}{policy:<18} tokens/s {speed:.2f}, peak memory {memory:.2f} times those of off")
+    file = given.out / ("ranks-small.csv" if given.small else "ranks.csv")
+    rows: list[dict] = []
+
+    def part(number: int, way: str, policy: str) -> tuple[int, str]:
+        arguments = [f"parallel={way}", *size, *given.override, *POLICIES[policy]]
+        return job(number, checkpoint, arguments, timeout=600 if cuda else 120)
+
+    def gather(way: str, policy: str, mine: tuple[int, str]) -> None:
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        if first:
+            rows.append(checked(way, policy, parts, whole_share))
+            print(json.dumps(rows[-1]), flush=True)
+            write(rows, file)
+
+    every = [(way, policy) for way in WAYS for policy in POLICIES]
+    timed = [one for one in every if one[1] in TIMED]
+    for number, one in enumerate(timed):
+        gather(*one, part(number, *one))
+    # What is not timed runs side by side where there is room for it.
+    others = [one for one in every if one not in timed]
+    with ThreadPoolExecutor(len(others) if cuda else 1) as pool:
+        for one, mine in zip(others, pool.map(lambda n: part(len(timed) + n, *others[n]), range(len(others))), strict=True):
+            gather(*one, mine)
+    if first:
+        ratios(rows)
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # torch 2.13 takes gloo groups down badly
+    os._exit(int(any("failed" in one for one in rows)))  # torch takes gloo groups down badly
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 # Nightly, 10,000 trees in shards that run side by side; not derandomized, or all shards would try the same trees.
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-settings.register_profile("nightly", max_examples=2_500, derandomize=False)
-settings.register_profile("quick", max_examples=300)
-settings.load_profile("nightly" if NIGHTLY else "quick")
+EXAMPLES = {"max_examples": 2_500, "derandomize": False} if NIGHTLY else {"max_examples": 300}
 
 # Hydra 1.4 wants to be told that a name is stored again; 1.3 does not know the question.
 REPLACE = {"replace": True} if "replace" in inspect.signature(ConfigStore.store).parameters else {}
@@ -137,7 +135,7 @@ SETTINGS = st.dictionaries(st.sampled_from(["model", "optimizer", "peft", "dtype
 
 
 @pytest.mark.parametrize("shard", range(4 if NIGHTLY else 1))
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(**EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(tree=TREES, option=st.sampled_from(["on", "warn", "strict"]), chosen=SETTINGS)
 def test_never_harm(initialized, shard, tree, option, chosen):
     """No error but the documented ones; two configs that differ in the decided key and the policy's node alone."""

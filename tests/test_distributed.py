@@ -90,9 +90,9 @@ def test_fp32_storage(app, way):
     assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
     tensors = {"fsdp1": 1}.get(way, 6)
     elements = f"{ELEMENTS // 2:,} elements of this rank's shard" if way == "fsdp1-orig" else f"{ELEMENTS:,} elements"
-    computed = {"ddp": ", computed in fp32", "fsdp2-bf16": ", computed in bf16 by FSDP's mixed precision"}.get(way, "")
+    computed = {"ddp": "computed in fp32", "fsdp2-bf16": "computed in bf16 by FSDP's mixed precision"}
     assert run.log.splitlines()[1].endswith(
-        f"{tensors} trainable tensor{'s' * (tensors > 1)}, {elements}: stored in fp32{computed}"
+        f"{tensors} trainable tensor{'s' * (tensors > 1)}, {elements}: stored in fp32, {computed.get(way, 'called under no autocast or mixed precision')}"
     )
 
 
@@ -216,13 +216,12 @@ def test_mixed(app, way):
     run = app(f"way: {way}\n{CONFIG}", MIXED)("+precision_policy=mixed", python=torchrun(2))
     assert "INSIDE [torch.bfloat16, torch.bfloat16]" in run.out
     assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
-    if way == "fsdp2-bf16":
-        assert run.log.endswith("stored in fp32, computed in bf16 by FSDP's mixed precision")
-        assert "OUTSIDE torch.bfloat16" in run.out
-    else:
-        assert "OUTSIDE torch.float32" in run.out
-    if way == "ddp":
-        assert run.log.endswith("stored in fp32, computed in bf16 by autocast that the policy supplies")
+    computed = {
+        "ddp": "computed in bf16 by autocast that the policy supplies",
+        "fsdp2-bf16": "computed in bf16 by FSDP's mixed precision",
+    }
+    assert run.log.endswith(f"stored in fp32, {computed.get(way, 'called under autocast that the policy supplies')}")
+    assert f"OUTSIDE torch.{'bfloat16' if way == 'fsdp2-bf16' else 'float32'}" in run.out
 
 
 @pytest.mark.once

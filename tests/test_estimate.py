@@ -29,7 +29,7 @@ def finite(dtype):
 
 
 @pytest.mark.parametrize("dtype", sorted(FORMATS, key=str))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_exact_on_any_bits(dtype, data):
     """The share is exact for updates away from zero, at any exponent, subnormals and powers of two included."""
@@ -41,7 +41,7 @@ def test_exact_on_any_bits(dtype, data):
     assert counted.lost(update) == pytest.approx(exactly_lost(weights, update).double().mean().item(), abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(exponent=st.integers(-30, 10), power=st.integers(-60, 0))
 def test_powers_of_two(exponent, power):
     """At a power of two the step towards zero is half as large: lost at most until twice that."""

@@ -262,10 +262,10 @@ def test_messages(file_regression):
     fp32 = adamw({"params": [*tensors((1024, 1024), (64,), dtype=torch.float32), *frozen(tensors((9,), dtype=torch.float32))]})
     lines.append(message.wasted(fp32, usual))
     assert message.wasted(cases["one group"], usual) is None
-    for computed, by in ((None, None), ("bf16", None), ("bf16", "the application's autocast"), ("TF32", None)):
+    for computed, by in product((None, "bf16", "TF32"), (None, "the application's autocast")):
         lines.append(message.confirmed(fp32, usual, computed, by))
     lines.append(message.confirmed(cases["two groups"], usual, "bf16", None))
-    lines += [message.slow(usual, kind, "NVIDIA H200", "cuda") for kind in ("fp32", "TF32")]
+    lines += [message.slow(usual, kind, "NVIDIA H200", "cuda") for kind in ("fp32", "TF32", None)]
     mixed = plan.Plan("precision_policy=mixed", compute_dtype="bfloat16")
     lines += [message.not_supplied(mixed, "TF32", by) for by in (None, "the application's autocast")]
     file_regression.check("\n".join(lines))

@@ -24,6 +24,9 @@ from torch.optim import Optimizer
 from precision_policy.estimate import parameters
 from precision_policy.job.wrapping import wrap
 
+NOBODY: Final = "no autocast or mixed precision"
+"""What a model is called under where nobody supplies 16 bits."""
+
 _MATRICES: Final = 8  # looked at for each optimizer; a matrix that is used twice shows the sum of two gradients
 _ELEMENTS: Final = 2048  # of each
 _FEWEST: Final = 64  # non-zero elements that tell anything

@@ -129,17 +129,29 @@ def confirmed(optimizer: Optimizer, plan: Plan, computed: str | None, supplier: 
     stored = " and ".join(f"{dtype} ({sum(parameters.short_name(p.dtype) == dtype for p in params):,})" for dtype in dtypes)
     if len(dtypes) == 1:
         stored = dtypes[0]
-    by = f" by {supplier}" if supplier else ""
-    compute = f", computed in {computed}{by}" if computed else ""
+    compute = f", computed in {computed}" if computed else ""
+    if supplier:
+        compute += f" by {supplier}" if computed else f", called under {supplier}"
     return f"{plan.option}: {_tensors(len(params))}, {_elements(params)}: stored in {stored}{compute}"
 
 
-def slow(plan: Plan, computed: str, device: str, device_type: str) -> str:
-    """The warning for fp32 weights that the policy asked for and that are computed in fp32 where bf16 would be fast."""
-    times = "about 3 times" if computed == "TF32" else "about 7 times"
+def slow(plan: Plan, computed: str | None, device: str, device_type: str) -> str:
+    """The warning for fp32 weights that the policy asked for and that are computed in fp32 where bf16 would be fast.
+
+    Args:
+        plan: the job's.
+        computed: "fp32", "TF32", or None where the gradients did not tell and no autocast or mixed precision was seen.
+        device: the device's name.
+        device_type: its type, as ``torch.autocast`` takes it.
+    """
+    times = f"about {3 if computed == 'TF32' else 7} times slower than in bf16, on an H200"
+    if computed:
+        what = f"computed in {computed} on {device}: {times}"
+    else:
+        what = f"called under no autocast or mixed precision on {device}: {times}, unless the model turns autocast on inside"
     return "\n".join(
         [
-            f"{plan.option}: the fp32 weights are computed in {computed} on {device}: {times} slower than in bf16, on an H200",
+            f"{plan.option}: the fp32 weights are {what}",
             "  fix: precision_policy.compute_dtype=bfloat16  (the option mixed does the same)",
             '  or your framework\'s own: TrainingArguments(bf16=True), Lightning precision="bf16-mixed", accelerate '
             f'mixed_precision="bf16", FSDP2 MixedPrecisionPolicy(param_dtype=torch.bfloat16), '

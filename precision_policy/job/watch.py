@@ -59,7 +59,7 @@ class Watch:
         self._confirmed: set[tuple[Any, ...]] = set()
         self._supply = compute_dtype.Supply()
         self._owners = compute_dtype.Owners(self._owner_found, self._guarded)
-        # Who supplies the compute dtype, by parameter; of an optimizer that has stepped, nothing is kept.
+        # Who supplies the compute dtype of a parameter whose module was called, until its optimizer steps.
         self._suppliers: dict[int, tuple[str, str | None]] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -125,8 +125,7 @@ class Watch:
         if self.plan.compute_dtype is not None and (supplier is None or supplier[1] is None):
             supplier = supplier or ("autocast that the policy supplies", None)
             self._supply.to(module, device_type)
-        if supplier is not None:
-            self._suppliers.update(dict.fromkeys(map(id, params), supplier))
+        self._suppliers.update(dict.fromkeys(map(id, params), supplier or (compute_dtype.NOBODY, None)))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in self._before_first_step:
@@ -181,13 +180,15 @@ class Watch:
             return
         device = params[0].device
         computed = compute_dtype.fp32_or_tf32(says or seen, device)
-        slow = computed in ("fp32", "TF32")
-        by_whom = None if slow or computed is None else by
+        in_fp32 = computed in ("fp32", "TF32")
+        # Where the gradients do not tell, that nobody was seen to supply 16 bits is worth saying; else it means nothing.
+        nobody = by == compute_dtype.NOBODY
+        by_whom = None if in_fp32 or (nobody and computed) else by
         signature = (frozenset(p.dtype for p in params), computed, by_whom)
         if signature not in self._confirmed:
             self._confirmed.add(signature)
             _LOG.info(message.confirmed(optimizer, self.plan, computed, by_whom))
-        if computed is not None and slow:
+        if in_fp32 or (nobody and computed is None):
             self._say_what_it_costs(computed, device, by)
 
     def _supplier_of(self, optimizer: Optimizer) -> tuple[str | None, str | None]:
@@ -197,8 +198,8 @@ class Watch:
         says = {dtype for _, dtype in found}
         return " and ".join(name for name, _ in found) or None, says.pop() if len(says) == 1 else None
 
-    def _say_what_it_costs(self, computed: str, device: torch.device, by: str | None) -> None:
-        if self.plan.compute_dtype is not None:
+    def _say_what_it_costs(self, computed: str | None, device: torch.device, by: str | None) -> None:
+        if self.plan.compute_dtype is not None and computed is not None:
             self._say_once("not supplied", logging.WARNING, lambda: message.not_supplied(self.plan, computed, by))
         elif self.plan.set_over_checkpoint:
             name = compute_dtype.bf16_device(device)
