@@ -800,6 +800,24 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+def test_what_a_wrapper_wraps_is_supplied_too(watch, said):
+    """Evaluation calls it without the wrapper: transformers' Trainer does, and whoever generates from ``model.module``."""
+    one, model = watch(), network()
+    wrapped = nn.DataParallel(model)
+    losses = train(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-3))
+    reference = network()
+    assert losses == own_autocast(reference, torch.optim.AdamW(reference.parameters(), lr=1e-3))
+    assert said()[0].endswith("computed in bf16 by autocast that the policy supplies")
+    with torch.no_grad():
+        output = model(batch())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(output, reference(batch()).float())
+        assert output.dtype is torch.float32
+        one.disarm()
+        assert not torch.equal(output, model(batch()))
+    assert "_compiled_call_impl" not in model.__dict__
+
+
 @pytest.mark.parametrize(
     ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, None), (None, None)]
 )

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from conftest import CONFIG
 
 CODE = """
@@ -199,6 +200,9 @@ def main(cfg):
         output.float().square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    if cfg.way == "ddp":
+        with torch.no_grad():  # evaluation without the wrapper
+            output = model.module(torch.randn(4, 64))
     if dist.get_rank() == 0:
         print("INSIDE", inside, "OUTSIDE", output.dtype)
     dist.barrier()
@@ -214,7 +218,7 @@ main()
 def test_mixed(app, way):
     """bf16 inside and fp32 outside under each of them; where FSDP casts by itself, that is said and nothing is added."""
     run = app(f"way: {way}\n{CONFIG}", MIXED)("+precision_policy=mixed", python=torchrun(2))
-    assert "INSIDE [torch.bfloat16, torch.bfloat16]" in run.out
+    assert f"INSIDE {[torch.bfloat16] * (3 if way == 'ddp' else 2)}" in run.out
     assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
     computed = {
         "ddp": "computed in bf16 by autocast that the policy supplies",

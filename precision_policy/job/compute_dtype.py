@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -262,6 +262,14 @@ class _UnderAutocast:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def with_what_it_wraps(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and, below DDP or DataParallel, the model itself: evaluation and ``generate`` mostly call that one."""
+    yield module
+    while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        module = module.module
+        yield module
 
 
 def in_fp32(output: Any) -> Any:

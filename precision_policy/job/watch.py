@@ -124,7 +124,8 @@ class Watch:
         supplier = compute_dtype.supplier(module, device_type)
         if self.plan.compute_dtype is not None and (supplier is None or supplier[1] is None):
             supplier = supplier or ("autocast that the policy supplies", None)
-            self._supply.to(module, device_type)
+            for one in compute_dtype.with_what_it_wraps(module):
+                self._supply.to(one, device_type)
         self._suppliers.update(dict.fromkeys(map(id, params), supplier or (compute_dtype.NOBODY, None)))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
