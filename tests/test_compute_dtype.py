@@ -254,7 +254,7 @@ def test_compiled(watch, said, way):
     """Backend eager: what is tested is where autocast is, not the code that is generated."""
     watch()
     model = network()
-    called = torch.compile(model, backend="eager") if way == "torch.compile(model)" else model
+    called = torch.compile(model, backend="eager", fullgraph=True) if way == "torch.compile(model)" else model
     if way == "model.compile()":
         model.compile(backend="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -267,6 +267,7 @@ def test_compiled(watch, said, way):
     assert losses[0] == compared[0]
     assert said()[0].endswith("computed in bf16 by autocast that the policy supplies")
     assert called(batch()).dtype is torch.float32
+    assert torch.equal(model(batch()), called(batch()))  # also without torch.compile's wrapper, as generate calls it
 
 
 def test_compiled_while_supplied_stays_compiled(watch):

@@ -265,11 +265,12 @@ class _UnderAutocast:
 
 
 def with_what_it_wraps(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and, below DDP or DataParallel, the model itself: evaluation and ``generate`` mostly call that one."""
+    """The module and, below DDP, DataParallel or torch.compile's wrapper, the model itself: ``generate`` calls that one."""
     yield module
-    while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        module = module.module
-        yield module
+    is_parallel = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    inner = module.module if is_parallel else getattr(module, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        yield from with_what_it_wraps(inner)
 
 
 def in_fp32(output: Any) -> Any:
