@@ -51,9 +51,9 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not _RANKS.mat
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests that start an application: mutation testing does without them."""
+    """Mark the tests that start an application, or make a checkpoint by one: mutation testing does without them."""
     for item in items:
-        if "app" in getattr(item, "fixturenames", ()):
+        if {"app", "checkpoint"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
 
 
