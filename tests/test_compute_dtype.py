@@ -170,6 +170,28 @@ def test_a_further_optimizer_only_where_it_differs(watch, said):
     assert "stored in fp32 (4) and float64 (2)" in said()[1]
 
 
+def test_tf32_costs_less(watch, said, monkeypatch):
+    """Mocked: a GPU's name, and torch's switch as a GPU reads it."""
+    monkeypatch.setattr("precision_policy.job.compute_dtype.bf16_device", lambda device: "Some GPU")
+    monkeypatch.setattr("precision_policy.job.compute_dtype.fp32_or_tf32", lambda computed, device: "TF32")
+    watch(ON)
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert said()[0].endswith("computed in TF32")
+    assert "computed in TF32 on Some GPU: about 3 times slower" in said("WARNING")[0]
+
+
+def test_no_word_on_weights_that_are_not_fp32_nor_on_other_ranks(watch, said, monkeypatch):
+    watch(ON)
+    low = network().bfloat16()
+    low(batch().bfloat16()).float().square().mean().backward()
+    torch.optim.SGD(low.parameters(), lr=1e-3).step()
+    monkeypatch.setenv("RANK", "1")
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert said() == []
+
+
 def test_the_cost_is_said_where_the_policy_made_it(watch, said, monkeypatch):
     """Mocked: a device with matrix units for bf16, which no machine of CI has. The rest of the path is real."""
     monkeypatch.setattr("precision_policy.job.compute_dtype.bf16_device", lambda device: "Some GPU")
@@ -328,6 +350,8 @@ def test_each_model_has_the_words_for_its_own_supplier(watch, said):
         optimizer.step()
     by = [line.partition("computed in bf16 by ")[2] for line in said()]
     assert by == ["the application's autocast", "autocast that the policy supplies"]
+    output = own(batch())  # an evaluation that forgets its autocast
+    assert torch.equal(output, output.bfloat16().float())
 
 
 def test_one_optimizer_over_models_of_several_suppliers(watch, said):
@@ -339,6 +363,21 @@ def test_one_optimizer_over_models_of_several_suppliers(watch, said):
     (loss + supplied(batch()).square().mean()).backward()
     optimizer.step()
     assert said()[0].endswith("computed in bf16 by the application's autocast and autocast that the policy supplies")
+
+
+def test_bf16_whatever_autocast_has_by_default(watch):
+    """On a GPU that is fp16."""
+    watch()
+    model = network()
+    torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    seen, default = [], torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        model(batch())
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+    assert seen == [torch.bfloat16]
 
 
 def test_a_model_that_turns_autocast_off_inside(watch, said):
@@ -864,6 +903,19 @@ def test_where_sharded_gradients_do_not_tell(one_rank, watch, said, monkeypatch,
     )
     firsts = [text.splitlines()[0] for text in said("WARNING")]
     assert firsts == ([warned] if plan is ON and not own else [])
+
+
+@pytest.mark.parametrize("plan", [ON, MIXED])
+def test_fsdp_names_its_compute_dtype(one_rank, watch, said, plan):
+    """Then that is said, and nothing is added."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    watch(plan)
+    model = network()
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert said()[0].endswith("stored in fp32, computed in bf16 by FSDP's mixed precision")
+    assert "_compiled_call_impl" not in model.__dict__
 
 
 def test_who_supplies_already():

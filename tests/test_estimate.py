@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precision_policy.estimate.histogram import FORMATS, Histogram, histogram, lost_updates
+from precision_policy.estimate.histogram import FORMATS, Histogram, histogram, lost_updates, stride
 
 pytestmark = pytest.mark.once
 BITS = {torch.bfloat16: 8, torch.float16: 11}
@@ -154,6 +154,17 @@ def test_never_raises(params, lr):
     for sample in (None, 1):
         for estimate in lost_updates([{"params": params, "lr": lr}, {"params": []}], sample):
             assert 0.0 <= estimate.lost <= 1.0
+
+
+def test_what_cannot_be_read_is_counted_over_all_kinds():
+    """On a device that is no CPU all elements are looked at."""
+    params = [torch.nn.Parameter(torch.empty(size, dtype=torch.bfloat16, device="meta")) for size in ((4, 4), (3,))]
+    (group,) = lost_updates([{"params": params, "lr": 1e-5}])
+    assert (group.unread, group.histogram.total) == (19, 0)
+    assert stride(params, None) == 1
+    assert stride(params, 10) == 2
+    many = torch.nn.Parameter(torch.empty(1, dtype=torch.bfloat16).expand(3, 2**26))
+    assert stride([many], None) == 3
 
 
 def test_frozen_and_fp32_are_no_part():

@@ -65,6 +65,15 @@ def test_the_monitor_where_the_step_adds_a_group(monitored, said):
     assert len(said("INFO")) == 2
 
 
+@pytest.mark.once
+def test_the_monitor_counts_all_parameters_of_a_group(monitored, said):
+    params = [bf16(), bf16(8), nn.Parameter(torch.empty(4, 4, device="meta"))]
+    for param in params[:2]:
+        param.grad = torch.ones_like(param)
+    torch.optim.SGD(params, lr=1.0).step()
+    assert "a sample of 4104 weights" in said("INFO")[0]
+
+
 class Refuses(torch.Tensor):
     """A weight of a tensor subclass whose values cannot be viewed."""
 

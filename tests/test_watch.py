@@ -274,6 +274,21 @@ def test_a_subclass_that_raises(said):
     assert torch.optim.Optimizer.__init__ is before
 
 
+def test_what_a_job_taken_for_peft_holds(caplog):
+    """Once, at the first step, in numbers; no warning."""
+    caplog.set_level(logging.INFO, "precision_policy")
+    watch = Watch(Plan("precision_policy=on", action="count"))
+    watch.arm()
+    try:
+        for _ in range(2):
+            step(torch.optim.AdamW(weights(), lr=1e-5))
+    finally:
+        watch.disarm()
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "trains 1 trainable tensor, 16 elements, of these 16 elements stored in bf16" in record.getMessage()
+
+
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(1e-5), 1e-5])
 def test_odd_learning_rates(armed, said, lr):
     torch.optim.AdamW(weights(), lr=lr)
@@ -290,11 +305,12 @@ def test_meta_parameters(armed, said):
     assert "1 trainable tensor (4 elements) stored in bf16" in text
 
 
-def test_a_failure_of_ours_ends_no_job(armed, said, monkeypatch):
+def test_a_failure_of_ours_ends_no_job(armed, said, monkeypatch, caplog):
     monkeypatch.setattr("precision_policy.job.message.low_precision", lambda *a: 1 / 0)
     torch.optim.AdamW(weights(), lr=1e-5)
     (text,) = said()
     assert "could not be judged" in text
+    assert caplog.records[0].exc_info is not None  # the traceback is in the log
 
 
 def test_job_that_insists_on_bf16(app):

@@ -34,7 +34,7 @@ def line(optimizer: Optimizer, path: str, compose: Callable[[list[str]], DictCon
     given = [str(key) for key in node if key not in _NOT_ARGUMENTS]
     # These choose among torch's own implementations. Any other argument that is not taken changes what is computed.
     refused = [key for key in given if key not in takes]
-    if not set(refused) <= {"fused", "foreach", "capturable", "maximize", "differentiable"} or node.get("maximize"):
+    if not set(refused) <= {"fused", "capturable", "maximize", "differentiable"} or node.get("maximize"):
         return None
     words = [f"{path}._target_=optimi.{name}", *(f"~{path}.{key}" for key in refused)]
     tried: Any = OmegaConf.select(compose(words), path)
