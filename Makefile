@@ -67,6 +67,7 @@ clean:  ## remove all environments and outputs
 
 # DeepSpeed's build looks for torch, so it is there before, and compiles nothing ahead of its use.
 .venv-heavy/ready .venv-oldest/ready: .venv-%/ready: pyproject.toml requirements/%.txt
+	@echo "== installing $(@D): what requirements/$*.txt pins, a few GB, some minutes =="
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q $$(grep -E '^(torch|setuptools|wheel)==' requirements/$*.txt)
 	DS_BUILD_OPS=0 $(@D)/bin/python -m pip install -q --no-build-isolation -r requirements/$*.txt

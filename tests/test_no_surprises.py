@@ -148,7 +148,12 @@ def test_numbers_as_people_type_them(compose, override, key, value):
             "precision_policy.optimizer=training.otp",
             "precision_policy.optimizer=training.opt?",
         ),
-        ("model: {args: {}}", "precision_policy.dtype_key=agrs.dtype", "Did you mean precision_policy.dtype_key=args?"),
+        ("model: {args: {}}", "precision_policy.dtype_key=agrs.dtype", "Did you mean precision_policy.dtype_key=args.dtype?"),
+        (
+            "model: {args: {dtype: bfloat16}}",
+            "precision_policy.dtype_key=args.dtpye",
+            "model.args has no dtpye.\nDid you mean precision_policy.dtype_key=args.dtype?",
+        ),
     ],
 )
 def test_did_you_mean(app, config, override, words):

@@ -82,10 +82,10 @@ def _addable(
     """The dtype key that can be added to a node that has none; or the rule that refuses it, and why."""
     parent, name = config_tree.parent_and_name(model, keys[-1])
     if parent is None:
-        raise _nothing_answers(keys[-1], config_tree.keys(model), config_tree.path_of(model))
+        raise _nothing_answers(model, keys[-1])
     node = config_tree.path_of(parent) or "the config's root"
     if named and nearest_name(name, config_tree.keys(parent)):
-        raise _nothing_answers(keys[-1], config_tree.keys(parent), node)
+        raise _nothing_answers(model, keys[-1])
     typed = config_tree.schema(parent)
     if typed is not None:
         why = f"{node} is typed as {typed.__name__}, which has no {' or '.join(keys)}, so none was added"
@@ -112,11 +112,17 @@ def _new_field(parent: DictConfig, name: str) -> DtypeField:
     return DtypeField(path, f"+{path}", there=False)
 
 
-def _nothing_answers(key: str, names: list[str], node: str) -> SettingError:
-    near = nearest_name(key.split(".", maxsplit=1)[0], names)
-    hint = f"Did you mean precision_policy.dtype_key={near}? " if near else ""
-    holds = ", ".join(names) or "nothing"
-    return SettingError("precision_policy.dtype_key", key, f"{node or 'the config'} has no {key}", f"{hint}It holds: {holds}.")
+def _nothing_answers(model: DictConfig, key: str) -> SettingError:
+    """The error for a ``dtype_key`` below the model's node: where it leads nowhere, and the key that was probably meant."""
+    node, parts = model, key.split(".")
+    while len(parts) > 1 and isinstance(child := config_tree.value(node, parts[0]), DictConfig):
+        node, parts = child, parts[1:]
+    near = nearest_name(parts[0], config_tree.keys(node))
+    meant = key.removesuffix(".".join(parts)) + ".".join([near or "", *parts[1:]])
+    hint = f"Did you mean precision_policy.dtype_key={meant}? " if near else ""
+    holds = ", ".join(config_tree.keys(node)) or "nothing"
+    problem = f"{config_tree.path_of(node) or 'the config'} has no {parts[0]}"
+    return SettingError("precision_policy.dtype_key", key, problem, f"{hint}It holds: {holds}.")
 
 
 def _takes(target: str, keys: tuple[str, ...]) -> tuple[str | None, str]:
