@@ -41,6 +41,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/startup.py
 	.venv/bin/python benchmarks/overhead.py
 	.venv/bin/python benchmarks/estimate.py
+	.venv/bin/python benchmarks/checkpoint.py
 
 nightly:  ## 10,000 generated config trees
 nightly: .venv/ready

@@ -69,7 +69,7 @@ def _positive(text: str) -> float:
 def table(summary: Summary, rates: Sequence[float]) -> str:
     """The estimate per kind of parameter, one column per learning rate."""
     stored = ", ".join(f"{count:,} in {short_name(dtype)}" for dtype, count in summary.elements.items()) or "none"
-    head = f"weights: {stored}"
+    head = f"weights: {stored}" + (f"; one in {summary.stride} was looked at" if summary.stride > 1 else "")
     if not summary.histograms:
         return f"{head}\nno bf16 or fp16 weights: nothing here is lost to 16-bit storage"
     lines = [head, "", "share that an update of size lr cannot move", ""]

@@ -121,3 +121,18 @@ def test_read_in_parts(tmp_path, monkeypatch):
     parts = module.summarize(tmp_path)
     assert parts == whole
     assert whole.elements == {torch.bfloat16: 7001}
+
+
+def test_a_large_checkpoint_is_sampled_and_says_so(tmp_path, monkeypatch, capsys):
+    """An even sample over tensors large and small; what it adds up to is still every weight."""
+    from precision_policy.estimate import checkpoint as module
+
+    tensors = {f"w{i}": torch.full((99, 100), 2.0**-i, dtype=torch.bfloat16) for i in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(module, "_SAMPLE", 10_000)
+    summary = module.summarize(tmp_path)
+    (histogram,) = summary.histograms.values()
+    assert (summary.stride, histogram.total, histogram.seen) == (4, 39_600, 9_900)
+    assert [histogram.counts[127 - i] for i in range(4)] == [2475] * 4
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "weights: 39,600 in bf16; one in 4 was looked at"

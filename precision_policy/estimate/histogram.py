@@ -160,7 +160,7 @@ def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
         if not any(p.device.type == "cpu" for p in low):
             return 1
         sample = CPU_SAMPLE
-    return parameters.stride_for(low, sample)
+    return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample)
 
 
 def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, step: int = 1) -> tuple[Histogram, int]:

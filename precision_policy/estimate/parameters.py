@@ -75,9 +75,9 @@ class EvenSample:
         return views
 
 
-def stride_for(params: Iterable[torch.Tensor], most: int) -> int:
-    """The stride with which an even sample of these parameters has about ``most`` elements, and no more."""
-    return max(1, -(-sum(local(p).numel() for p in params) // most))
+def stride_for(elements: int, most: int) -> int:
+    """The stride with which an even sample of so many elements has about ``most``, and no more."""
+    return max(1, -(-elements // most))
 
 
 def flat_views(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

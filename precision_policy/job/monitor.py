@@ -87,7 +87,7 @@ def _sample(groups: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     for group in groups:
         params = [parameters.local(p.detach()) for p in group]
         params = [p for p in params if not p.is_meta and p.layout is torch.strided]
-        sample = parameters.EvenSample(parameters.stride_for(params, _PER_GROUP))
+        sample = parameters.EvenSample(parameters.stride_for(sum(p.numel() for p in params), _PER_GROUP))
         for param in params:
             try:
                 views += sample.of(param)
