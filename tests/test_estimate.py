@@ -1,12 +1,17 @@
 """The estimate against exact arithmetic and against real optimizer steps."""
 
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precision_policy.estimate import histogram as module
 from precision_policy.estimate.histogram import FORMATS, Histogram, histogram, lost_updates, stride
 
 pytestmark = pytest.mark.once
@@ -201,6 +206,38 @@ def test_cuda_kernel(dtype, size, offset):
     assert on_gpu.seen == on_cpu.seen
     for power in range(-30, 0):
         assert on_gpu.lost(2.0**power) == on_cpu.lost(2.0**power)
+
+
+WITHOUT_COMPILER = """
+import torch
+from precision_policy import lost_updates
+
+weights = (torch.randn(2**21, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+shares = [lost_updates([{"params": [torch.nn.Parameter(weights.to(device))], "lr": 1e-5}])[0].lost for device in ("cpu", "cuda")]
+print(*shares)
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_without_a_c_compiler(tmp_path):
+    """Triton cannot start its kernel without one, and many containers have none: torch counts instead."""
+    environment = {key: value for key, value in os.environ.items() if key != "CC"}
+    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WITHOUT_COMPILER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    on_cpu, on_gpu = done.stdout.split()
+    assert 0.5 < float(on_cpu) == float(on_gpu), done.stderr
+
+
+def test_a_kernel_that_cannot_start(monkeypatch):
+    """The same without a GPU: a stand-in for Triton's failure."""
+
+    def add_counts(*_):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setitem(sys.modules, "precision_policy.estimate.cuda_histogram", SimpleNamespace(add_counts=add_counts))
+    bits = torch.ones(4, dtype=torch.int16)
+    assert module._count_on_cuda(bits, None, [0] * 256) is bits
 
 
 def test_dtensor_is_read_locally(tmp_path):
