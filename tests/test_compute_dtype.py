@@ -4,7 +4,7 @@ import copy
 import io
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -517,6 +517,36 @@ def test_asked_for_and_not_supplied(watch, said):
     assert "compute_dtype=bfloat16 was asked for, but the weights are computed in fp32" in said("WARNING")[0]
 
 
+def test_weights_of_no_called_module_are_not_waited_for(watch, said):
+    """They were trained: no call of a module that owns them will come. One that was not trained yet is waited for."""
+    plain = nn.Module.__call__
+    watch()
+    model, later, weights = network(0), network(1), nn.Parameter(torch.randn(64, 64))
+    optimizer = torch.optim.AdamW([*model.parameters(), weights], lr=1e-3)
+    train(None, optimizer, steps=1, call=lambda x: model(x) @ weights)
+    assert nn.Module.__call__ is plain
+    both = torch.optim.AdamW([weights, *later.parameters()], lr=1e-3)
+    train(None, both, steps=1, call=lambda x: x @ weights)
+    assert nn.Module.__call__ is not plain
+    train(later, both, steps=1)
+    assert nn.Module.__call__ is plain
+    assert "_compiled_call_impl" in later.__dict__
+
+
+def test_adapters_beside_another_model_under_sharding_or_by_hand(watch, said):
+    """Where the gradients do not tell, the line says what an adapted model is called under."""
+    watch(replace(MIXED, leaves_some_alone=True))
+    model = network().requires_grad_(False)
+    model[0].requires_grad_(True)
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-3)
+    model(batch())
+    for p in model[0].parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert said()[0].endswith(f"stored in fp32, called under {compute_dtype.LEFT_ALONE}")
+    assert not said("WARNING")
+
+
 @dataclass
 class Output:
     loss: torch.Tensor
@@ -614,6 +644,41 @@ def test_nothing_is_supplied_to_16_bits_or_peft(app, extra):
 
     run = app(CONFIG, textwrap.dedent(code))("+precision_policy=mixed", *extra)
     assert "computed in" not in run.log
+
+
+FULL_AND_ADAPTERS = """
+import hydra, torch
+from torch import nn
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.adapter = nn.Linear(64, 64).bfloat16().requires_grad_(False), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.base(x.bfloat16()).float() + self.adapter(x)
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    for model in (nn.Sequential(nn.Linear(64, 64)), Adapted()):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        model(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+        print(type(model).__name__, "_compiled_call_impl" in model.__dict__)
+
+main()
+"""
+
+
+def test_of_two_models_the_one_with_adapters_is_left_alone(app):
+    config = "a: {dtype: auto}\nb: {dtype: auto}\nlora: {r: 8}\noptimizer: {_target_: torch.optim.AdamW, _partial_: true}\n"
+    pairs = "precision_policy.pairs={a:{model:a,peft:null},b:{model:b,peft:lora}}"
+    run = app(config, FULL_AND_ADAPTERS)("+precision_policy=mixed", pairs)
+    assert "Sequential True\n" in run.out
+    assert "Adapted False\n" in run.out
+    assert "stored in fp32, computed in bf16 by autocast that the policy supplies" in run.log
+    assert run.log.splitlines()[-1].endswith("stored in fp32, computed in fp32")
+    assert "WARNING" not in run.log
 
 
 def test_generate_and_accumulation(app, checkpoint):

@@ -27,6 +27,9 @@ from precision_policy.job.wrapping import wrap
 NOBODY: Final = "no autocast or mixed precision"
 """What a model is called under where nobody supplies 16 bits."""
 
+LEFT_ALONE: Final = "no autocast of the policy's, which leaves PEFT and quantized models alone"
+"""What such a model is called under, in a job that trains others as well."""
+
 _MATRICES: Final = 8  # looked at for each optimizer; a matrix that is used twice shows the sum of two gradients
 _ELEMENTS: Final = 2048  # of each
 _FEWEST: Final = 64  # non-zero elements that tell anything
@@ -171,6 +174,13 @@ class Owners:
                 # A hook would be traced by torch.compile, which also warns about it.
                 self._undo.append(wrap(nn.Module, "__call__", self._called))
 
+    def forget(self, params: Iterable[torch.Tensor]) -> None:
+        """Look for the owners of these no longer."""
+        with self._lock:
+            self._ids.difference_update(map(id, params))
+            if not self._ids:
+                self.stop()
+
     def stop(self) -> None:
         """Leave ``torch.nn.Module`` as it was."""
         with self._lock:
@@ -190,10 +200,8 @@ class Owners:
             if not own:
                 self._strangers.add(module)
                 return
-            self._ids.difference_update(map(id, own))
+            self.forget(own)
             self._found(module, own)
-            if not self._ids:
-                self.stop()
 
 
 class Supply:

@@ -26,6 +26,7 @@ class Plan:
         confirms: whether the first step says what the weights are stored and computed in.
         set_over_checkpoint: whether the policy set fp32 where the checkpoint's own dtype would have been loaded.
         compute_dtype: "bfloat16" where the policy supplies bf16 compute, or None.
+        leaves_some_alone: whether some of several models, but not all, are left to PEFT or quantized.
         monitor: every so many steps, the share of weights left unchanged; 0 never.
         optimizer: the dotted path of the optimizer's node, for advice.
     """
@@ -40,6 +41,7 @@ class Plan:
     confirms: bool = False
     set_over_checkpoint: bool = False
     compute_dtype: str | None = None
+    leaves_some_alone: bool = False
     monitor: int = 0
     optimizer: str = "optimizer"
 
@@ -58,12 +60,13 @@ def read(node: Mapping[str, Any], option: str) -> Plan:
     """The plan of a job, from the node ``precision_policy`` of its config."""
     made = decisions(node)
     rules = {one["rule"] for one in made}
-    frozen = rules <= {"peft", "quantized"}
+    left_alone = {"peft", "quantized"}
+    frozen = rules <= left_alone
     action: Action = node["bf16_adam"]
     if frozen and action != "ignore":
         action = "count" if any(one["found"] for one in made) else "ignore"
     fp32 = [one for one in made if one["fp32"]]
-    leaves_16_bits = all(one["rule"] in ("peft", "quantized") or _explicit_16(one) for one in made)
+    leaves_16_bits = all(one["rule"] in left_alone or _explicit_16(one) for one in made)
     fixes = [one["fix"] for one in made if one["fix"]]
     elsewhere = ", ".join(dict.fromkeys(one["elsewhere"] for one in made if one["elsewhere"]))
     return Plan(
@@ -77,6 +80,7 @@ def read(node: Mapping[str, Any], option: str) -> Plan:
         confirms=bool(fp32) or (node["compute_dtype"] is not None and not leaves_16_bits),
         set_over_checkpoint=any(one["rule"] == "set" and one["loads_checkpoint_dtype"] for one in made),
         compute_dtype=None if leaves_16_bits else node["compute_dtype"],
+        leaves_some_alone=bool(rules & left_alone) and not frozen,
         monitor=node["monitor"]["every"],
         optimizer=node["optimizer"],
     )

@@ -122,7 +122,9 @@ class Watch:
             return
         device_type = params[0].device.type
         supplier = compute_dtype.supplier(module, device_type)
-        if self.plan.compute_dtype is not None and (supplier is None or supplier[1] is None):
+        if self.plan.leaves_some_alone and any(not p.requires_grad for p in module.parameters()):
+            supplier = supplier or (compute_dtype.LEFT_ALONE, None)
+        elif self.plan.compute_dtype is not None and (supplier is None or supplier[1] is None):
             supplier = supplier or ("autocast that the policy supplies", None)
             for one in compute_dtype.with_what_it_wraps(module):
                 self._supply.to(one, device_type)
@@ -177,6 +179,8 @@ class Watch:
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         seen = probe.read()
         by, says = self._supplier_of(optimizer)
+        # These were trained without a call of a module that owns them: to wait for one would slow each call of any module.
+        self._owners.forget(p for p in params if p.grad is not None)
         if not any(p.dtype is torch.float32 for p in params) or not ranks.is_rank_zero():
             return
         device = params[0].device
@@ -189,7 +193,7 @@ class Watch:
         if signature not in self._confirmed:
             self._confirmed.add(signature)
             _LOG.info(message.confirmed(optimizer, self.plan, computed, by_whom))
-        if in_fp32 or (nobody and computed is None):
+        if by != compute_dtype.LEFT_ALONE and (in_fp32 or (nobody and computed is None)):
             self._say_what_it_costs(computed, device, by)
 
     def _supplier_of(self, optimizer: Optimizer) -> tuple[str | None, str | None]:
