@@ -154,7 +154,7 @@ def test_lightning(app, checkpoint, precision, warnings):
 
 
 def test_lightning_ddp(app, checkpoint):
-    """Lightning starts its second rank from the first one's saved config: the same decision, and one voice."""
+    """Lightning starts its second rank with the same command: the same decision, and one voice."""
     train = app(LIGHTNING_CONFIG.format(checkpoint=checkpoint), LIGHTNING)
     paths = ["precision_policy.model=model.net", "precision_policy.optimizer=model.optimizer"]
     on = train("+precision_policy=on", *paths, "+trainer.strategy=ddp", "+trainer.devices=2")

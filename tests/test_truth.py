@@ -221,6 +221,9 @@ def test_a_root_that_is_instantiated(app, option):
     saved = yaml.safe_load((train.folder / "out/.hydra/hydra.yaml").read_text())["hydra"]["precision_policy"]
     assert (saved["decision"] or {}).get("rule") == ("set" if option == "on" else None)
     assert ("model.torch_dtype: auto -> float32" in run.log) is (option == "on")
+    again = train("-cp", str(train.folder / "out/.hydra"), "-cn", "config")
+    assert "MADE Strict ['_target_', 'model', 'optimizer']" in again.out
+    assert again.log == run.log.replace("precision_policy=on", "precision_policy")
     shown = train(f"+precision_policy={option}", "--cfg", "hydra").out
     assert "precision_policy:" in shown
     wrong = train(f"+precision_policy={option}", "precision_policy.modell=x", status=1)

@@ -113,7 +113,7 @@ def _given(node: DictConfig) -> dict[str, Any]:
 
 
 def _still_holds(cfg: DictConfig, decision: Mapping[str, Any]) -> bool:
-    """Whether a saved config, run again by hand or by a launcher for each further rank, still has what the policy set."""
+    """Whether a saved config that is run again still has what the policy set."""
     return decision.get("rule") == "set" and config_tree.select(cfg, decision["key"]) == decision["after"]
 
 

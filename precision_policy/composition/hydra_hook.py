@@ -94,9 +94,23 @@ def _load(
     finally:
         _opens_for_sweep.reset(opening)
     # A sweep's own composition is nobody's job: its jobs are composed one by one, with their overrides.
-    if _NODE in cfg and not sweeps and not _is_tried.get():
-        _decide(cfg, lambda more: _try(self, config_name, [*overrides, *more], run_mode))
+    if not sweeps and not _is_tried.get():
+        if _NODE not in cfg and "_target_" in cfg.keys():  # noqa: SIM118 - in would resolve an interpolation
+            _restore(self, cfg)
+        if _NODE in cfg:
+            _decide(cfg, lambda more: _try(self, config_name, [*overrides, *more], run_mode))
     return cfg
+
+
+def _restore(loader: Any, cfg: DictConfig) -> None:
+    """Take the record of a saved config that runs again from the ``hydra.yaml`` beside it, where `_decide` has put it."""
+    saved = loader.repository.load_config("hydra.yaml")
+    if saved is not None and saved.provider == "main":
+        node = OmegaConf.select(saved.config, f"hydra.{_NODE}")
+        if _is_ours(node):
+            from precision_policy.composition import config_tree
+
+            config_tree.record(cfg, _NODE, OmegaConf.to_container(node))  # type: ignore[arg-type]  # of a mapping, it is one
 
 
 def _try(loader: Any, config_name: str | None, overrides: list[str], run_mode: RunMode) -> DictConfig:
