@@ -487,6 +487,28 @@ def test_threads(watch):
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_no_thread_gets_past_the_first_look():
+    """While the owner of the weights is dealt with, another thread's call of it waits: it would not be under autocast."""
+    model, order, others = network(), [], []
+
+    def call():
+        model(batch())
+        order.append("called")
+
+    def found(module, params):
+        others.append(threading.Thread(target=call))
+        others[0].start()
+        others[0].join(0.2)
+        order.append("found")
+
+    owners = compute_dtype.Owners(found, lambda look, *args: look(*args))
+    owners.follow(model.parameters())
+    call()
+    others[0].join()
+    assert order[0] == "found"
+    assert len(order) == 3
+
+
 def test_the_memory_of_a_model_is_freed_at_once(watch):
     import gc
     import weakref

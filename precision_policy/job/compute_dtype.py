@@ -200,8 +200,10 @@ class Owners:
             if not own:
                 self._strangers.add(module)
                 return
-            self.forget(own)
-            self._found(module, own)
+            try:
+                self._found(module, own)
+            finally:  # not before: another thread's call would then go on without waiting for what is done here
+                self.forget(own)
 
 
 class Supply:
