@@ -5,6 +5,8 @@ from textwrap import dedent
 import pytest
 from omegaconf import OmegaConf
 
+from precision_policy.composition import peft
+
 ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
 AUTO = "model: {torch_dtype: auto}\n"
 
@@ -235,3 +237,8 @@ def test_a_node_of_another_meaning_is_left_alone(compose):
     """An application may use the name for something of its own."""
     config = "precision_policy: {param_dtype: bf16}\n" + AUTO + ADAMW
     assert compose(config).precision_policy == {"param_dtype": "bf16"}
+
+
+def test_what_is_not_the_jobs_hides_nothing_after_it():
+    cfg = OmegaConf.create({"hydra": {"lora": {"r": 4}}, "precision_policy": {}, "adapters": {"lora": {"r": 8}}})
+    assert peft.on_anywhere(cfg) == "adapters.lora is there"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precision_policy.estimate import histogram as module
+from precision_policy.estimate import parameters
 from precision_policy.estimate.histogram import FORMATS, Histogram, histogram, lost_updates, stride
 
 pytestmark = pytest.mark.once
@@ -170,6 +171,20 @@ def test_what_cannot_be_read_is_counted_over_all_kinds():
     assert stride(params, 10) == 2
     many = torch.nn.Parameter(torch.empty(1, dtype=torch.bfloat16).expand(3, 2**26))
     assert stride([many], None) == 3
+
+
+def test_what_cannot_be_read_hides_nothing_after_it():
+    meta = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in (3, 5)]
+    counted, unread = histogram([meta[0], torch.ones(7, dtype=torch.bfloat16), meta[1]], torch.bfloat16)
+    assert (counted.counts[127], counted.total, unread) == (7, 7, 8)
+
+
+@given(sizes=st.lists(st.integers(0, 12), max_size=8), step=st.integers(1, 9))
+def test_a_sample_over_tensors_is_one_over_all_of_them(sizes, step):
+    whole = torch.arange(sum(sizes))
+    sample = parameters.EvenSample(step)
+    views = [view for part in whole.split(sizes) for view in sample.of(part)]
+    assert torch.equal(torch.cat([*views, whole[:0]]), whole[::step])
 
 
 def test_frozen_and_fp32_are_no_part():

@@ -221,6 +221,24 @@ def test_asked_against_came(said):
     assert "recast" in text
 
 
+def test_a_share_of_nearly_nothing(armed, said):
+    torch.optim.AdamW(weights(), lr=0.1)
+    assert "0.0% of updates round away at lr 0.1" in said("INFO")[0]
+    assert not said("WARNING")
+
+
+def test_strict_refuses_a_share_of_nearly_nothing(said):
+    """And says that the schedule will get there; the table is an ERROR."""
+    watch = Watch(Plan("precision_policy=strict", action="error"))
+    watch.arm()
+    try:
+        with pytest.raises(Bf16AdamError, match=r"; the schedule will get there$"):
+            torch.optim.AdamW(weights(), lr=0.1)
+    finally:
+        watch.disarm()
+    assert "weights that an update cannot move" in said("ERROR")[0]
+
+
 def test_strict_raises(said):
     watch = Watch(Plan("precision_policy=strict", fix="x=float32", action="error"))
     watch.arm()

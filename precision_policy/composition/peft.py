@@ -60,7 +60,7 @@ def quantized(model: DictConfig, path: str) -> str | None:
     for where, node in nodes:
         for key, _ in config_tree.children(node):
             if key in _QUANTIZED:
-                found = _on_at_key(node, key, f"{where}.{key}".removeprefix(".").lstrip("."))
+                found = _on_at_key(node, key, f"{where}.{key}".lstrip("."))
                 if found is not None:
                     return found
     return None
