@@ -230,6 +230,18 @@ def test_a_root_that_is_instantiated(app, option):
     assert "precision_policy.modell=x" in wrong.err
 
 
+@pytest.mark.parametrize(
+    "content", ["- a\n- b\n", "{{ template }}: [", "hydra: {precision_policy: ${nowhere}}\n", "hydra: on\n"]
+)
+def test_a_root_with_a_target_beside_some_other_hydra_yaml(app, content):
+    """Only a record that was saved counts; an application without the policy runs whatever a file of that name holds."""
+    train = app("_target_: __main__.Strict\nmodel: {torch_dtype: auto}\n" + ADAMW, WHOLE)
+    train.write("conf/hydra.yaml", content)
+    run = train()
+    assert "MADE Strict" in run.out
+    assert not run.log
+
+
 HIGH = """
 import hydra, torch
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

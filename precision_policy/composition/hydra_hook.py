@@ -104,13 +104,17 @@ def _load(
 
 def _restore(loader: Any, cfg: DictConfig) -> None:
     """Take the record of a saved config that runs again from the ``hydra.yaml`` beside it, where `_decide` has put it."""
-    saved = loader.repository.load_config("hydra.yaml")
-    if saved is not None and saved.provider == "main":
+    try:
+        saved = loader.repository.load_config("hydra.yaml")
+        if saved is None or saved.provider != "main":
+            return
         node = OmegaConf.select(saved.config, f"hydra.{_NODE}")
-        if _is_ours(node):
-            from precision_policy.composition import config_tree
+    except Exception:  # a file of that name may be anything: it is the application's
+        return
+    if _is_ours(node):
+        from precision_policy.composition import config_tree
 
-            config_tree.record(cfg, _NODE, OmegaConf.to_container(node))  # type: ignore[arg-type]  # of a mapping, it is one
+        config_tree.record(cfg, _NODE, OmegaConf.to_container(node))  # type: ignore[arg-type]  # of a mapping, it is one
 
 
 def _try(loader: Any, config_name: str | None, overrides: list[str], run_mode: RunMode) -> DictConfig:
