@@ -26,7 +26,7 @@ class Plan:
         confirms: whether the first step says what the weights are stored and computed in.
         set_over_checkpoint: whether the policy set fp32 where the checkpoint's own dtype would have been loaded.
         compute_dtype: "bfloat16" where the policy supplies bf16 compute, or None.
-        leaves_some_alone: whether some of several models, but not all, are left to PEFT or quantized.
+        leaves_some_alone: whether it supplies none to some of several models, which are left to PEFT or quantized.
         monitor: every so many steps, the share of weights left unchanged; 0 never.
         optimizer: the dotted path of the optimizer's node, for advice.
     """
@@ -80,7 +80,7 @@ def read(node: Mapping[str, Any], option: str) -> Plan:
         confirms=bool(fp32) or (node["compute_dtype"] is not None and not leaves_16_bits),
         set_over_checkpoint=any(one["rule"] == "set" and one["loads_checkpoint_dtype"] for one in made),
         compute_dtype=None if leaves_16_bits else node["compute_dtype"],
-        leaves_some_alone=bool(rules & left_alone) and not frozen,
+        leaves_some_alone=node["compute_dtype"] is not None and bool(rules & left_alone) and not frozen,
         monitor=node["monitor"]["every"],
         optimizer=node["optimizer"],
     )
