@@ -69,9 +69,11 @@ def _positive(text: str) -> float:
 def table(summary: Summary, rates: Sequence[float]) -> str:
     """The estimate per kind of parameter, one column per learning rate."""
     stored = ", ".join(f"{count:,} in {short_name(dtype)}" for dtype, count in summary.elements.items()) or "none"
-    head = f"weights: {stored}" + (f"; one in {summary.stride} was looked at" if summary.stride > 1 else "")
+    head = f"weights: {stored}"
     if not summary.histograms:
         return f"{head}\nno bf16 or fp16 weights: nothing here is lost to 16-bit storage"
+    if summary.stride > 1:
+        head += f"; one in {summary.stride} was looked at"
     lines = [head, "", "share that an update of size lr cannot move", ""]
     lines.append(f"{'':<24}{'weights':>16}" + "".join(f"{f'lr {rate:.3g}':>13}" for rate in rates))
     for dtype in {dtype: None for _, dtype in summary.histograms}:

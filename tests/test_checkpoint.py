@@ -136,3 +136,6 @@ def test_a_large_checkpoint_is_sampled_and_says_so(tmp_path, monkeypatch, capsys
     assert [histogram.counts[127 - i] for i in range(4)] == [2475] * 4
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "weights: 39,600 in bf16; one in 4 was looked at"
+    save_file({"w": torch.ones(40_000)}, tmp_path / "model.safetensors")
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "weights: 40,000 in fp32"
