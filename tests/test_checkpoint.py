@@ -139,3 +139,14 @@ def test_a_large_checkpoint_is_sampled_and_says_so(tmp_path, monkeypatch, capsys
     save_file({"w": torch.ones(40_000)}, tmp_path / "model.safetensors")
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "weights: 40,000 in fp32"
+
+
+def test_small_tensors_are_no_larger_part_of_the_sample(tmp_path, monkeypatch):
+    """The sample goes on from tensor to tensor: if each began anew, every one of these would give an element."""
+    from precision_policy.estimate import checkpoint as module
+
+    scalars = {f"s{i:03d}": torch.ones((), dtype=torch.bfloat16) for i in range(100)}
+    save_file({**scalars, "w": torch.ones(900, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(module, "_SAMPLE", 100)
+    summary = module.summarize(tmp_path)
+    assert {kind: h.seen for (kind, _), h in summary.histograms.items()} == {"1-dimensional": 100}

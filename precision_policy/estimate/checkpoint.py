@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -80,14 +81,15 @@ def summarize(path: Path) -> Summary:
     safe_open, progress = _libraries()
     found = files(path)
     pieces = [piece for file in found for piece in _pieces(safe_open, file)]
-    total = sum(size for *_, size in pieces)
+    *before, total = itertools.accumulate((size for *_, size in pieces), initial=0)
     summary, threads = Summary(stride=parameters.stride_for(total, _SAMPLE)), torch.get_num_threads()
+    samples = [parameters.EvenSample(summary.stride, elements) for elements in before]  # one sample over all tensors
     torch.set_num_threads(1)  # each worker counts by itself
     try:
         # Shown on a terminal alone, and only where reading takes longer than two seconds.
         bar = progress(total=total, unit="weights", unit_scale=True, delay=2, disable=None, leave=False)
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for key, dtype, histogram in pool.map(lambda piece: _count(safe_open, summary.stride, *piece), pieces):
+            for key, dtype, histogram in pool.map(lambda piece, sample: _count(safe_open, sample, *piece), pieces, samples):
                 size = histogram.total
                 summary.elements[dtype] = summary.elements.get(dtype, 0) + size
                 if dtype in estimate.FORMATS:
@@ -126,7 +128,7 @@ def _pieces(safe_open: Any, file: Path) -> list[tuple[Path, str, int, int]]:
 
 
 def _count(
-    safe_open: Any, stride: int, file: Path, name: str, start: int, size: int
+    safe_open: Any, sample: parameters.EvenSample, file: Path, name: str, start: int, size: int
 ) -> tuple[str, torch.dtype, estimate.Histogram]:
     """The kind, dtype and histogram of one part; the tensor is mapped, not copied."""
     with _readable(file), safe_open(str(file), framework="pt") as opened:
@@ -134,7 +136,7 @@ def _count(
         part = tensor.reshape(-1)[start : start + size]
         if tensor.dtype not in estimate.FORMATS:
             return "", tensor.dtype, estimate.Histogram(tensor.dtype, total=size)
-        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, stride)[0]
+        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)[0]
 
 
 @contextlib.contextmanager

@@ -136,7 +136,9 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
             if mine:
                 whole, kinds, unread = Histogram(dtype), {}, 0
                 for kind in parameters.KINDS:
-                    counted, not_read = histogram([p for p in mine if parameters.kind(p) == kind], dtype, step)
+                    counted, not_read = histogram(
+                        [p for p in mine if parameters.kind(p) == kind], dtype, parameters.EvenSample(step)
+                    )
                     unread += not_read
                     if counted.total:
                         kinds[kind] = counted
@@ -163,9 +165,11 @@ def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
     return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample)
 
 
-def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, step: int = 1) -> tuple[Histogram, int]:
-    """The exponents of parameters of one dtype, every ``step``-th element, and how many elements could not be read."""
-    result, unread, views = Histogram(dtype), 0, parameters.EvenSample(step)
+def histogram(
+    params: Iterable[torch.Tensor], dtype: torch.dtype, sample: parameters.EvenSample | None = None
+) -> tuple[Histogram, int]:
+    """The exponents of parameters of one dtype, all or an even sample, and how many elements could not be read."""
+    result, unread, views = Histogram(dtype), 0, sample or parameters.EvenSample(1)
     for param in params:
         tensor = parameters.local(param)
         try:

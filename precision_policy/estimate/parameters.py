@@ -60,11 +60,12 @@ class EvenSample:
 
     Args:
         stride: the n.
+        before: how many elements of the whole another sample has gone through already.
     """
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: int, before: int = 0) -> None:
         self._stride = stride
-        self._offset = 0
+        self._offset = -before % stride
 
     def of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """One-dimensional views of the elements to look at; they share the tensor's memory."""
