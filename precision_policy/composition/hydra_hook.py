@@ -33,10 +33,9 @@ _is_tried: ContextVar[bool] = ContextVar("is_tried", default=False)
 
 
 def install() -> bool:
-    """Wrap what must be wrapped, once however often it is called: Hydra 1.3 may execute the plugin's module again.
+    """Wrap what must be wrapped, where this Hydra has all of it; whether it has.
 
-    Returns:
-        Whether this Hydra has all of it. Where it has not, nothing is wrapped.
+    Once however often it is called: Hydra 1.3 may execute the plugin's module again.
     """
     try:
         from hydra._internal.callbacks import Callbacks
@@ -95,9 +94,9 @@ def _load(
         _opens_for_sweep.reset(opening)
     # A sweep's own composition is nobody's job: its jobs are composed one by one, with their overrides.
     if not sweeps and not _is_tried.get():
-        if _NODE not in cfg and "_target_" in cfg.keys():  # noqa: SIM118 - in would resolve an interpolation
+        if _has_target(cfg) and not _has_node(cfg):
             _restore(self, cfg)
-        if _NODE in cfg:
+        if _has_node(cfg):
             _decide(cfg, lambda more: _try(self, config_name, [*overrides, *more], run_mode))
     return cfg
 
@@ -165,11 +164,11 @@ def _merge(original: Callable[..., DictConfig], self: Any, defaults: Sequence[An
         with flag_override(cfg, ["struct", "readonly"], [False, False]):
             for default in ours:
                 cfg.merge_with(self._load_single_config(default=default, repo=repo).config)
-    if _opens_for_sweep.get() and _NODE not in cfg:
+    if _opens_for_sweep.get() and not _has_node(cfg):
         with flag_override(cfg, ["struct", "readonly"], [False, False]):
             cfg[_NODE] = {}
             OmegaConf.set_struct(cfg[_NODE], False)
-    elif _NODE in cfg and (_is_ours(cfg[_NODE]) or (_opens_for_sweep.get() and isinstance(cfg[_NODE], DictConfig))):
+    elif _has_node(cfg) and (_is_ours(cfg[_NODE]) or (_opens_for_sweep.get() and isinstance(cfg[_NODE], DictConfig))):
         OmegaConf.set_struct(cfg[_NODE], False)
     return cfg
 
@@ -210,12 +209,22 @@ def _compose_again(config: DictConfig, more: list[str]) -> DictConfig:
 
 def _node(cfg: DictConfig) -> Any:
     """The policy's node of a job's config, or None."""
-    node = cfg.get(_NODE)
-    if node is None and "_target_" in cfg.keys() and "hydra" in cfg:  # noqa: SIM118 - in would resolve an interpolation
+    if _has_node(cfg):
+        return cfg[_NODE]
+    if _has_target(cfg) and "hydra" in cfg:
         from precision_policy.composition import config_tree
 
         return dict(config_tree.children(cfg.hydra)).get(_NODE)  # where `_decide` has moved it
-    return node
+    return None
+
+
+def _has_node(cfg: DictConfig) -> bool:
+    """Whether the config has the policy's node. The keys first: where a key is missing, ``in`` makes and catches an error."""
+    return _NODE in cfg.keys() and _NODE in cfg  # noqa: SIM118
+
+
+def _has_target(cfg: DictConfig) -> bool:
+    return "_target_" in cfg.keys()  # noqa: SIM118 - in would resolve an interpolation
 
 
 def _is_ours(node: Any) -> bool:
