@@ -1,6 +1,7 @@
 """The compute dtype: read off the first gradients, said once, and bf16 supplied where it was asked for."""
 
 import copy
+import gc
 import io
 import logging
 import threading
@@ -567,6 +568,45 @@ def test_adapters_beside_another_model_under_sharding_or_by_hand(watch, said):
     optimizer.step()
     assert said()[0].endswith(f"stored in fp32, called under {compute_dtype.LEFT_ALONE}")
     assert not said("WARNING")
+
+
+def of_number(number, make):
+    """An object with the number that another one left."""
+    made = []
+    while not made or id(made[-1]) != number:
+        made.append(make())
+        assert len(made) < 10_000
+    return made[-1]
+
+
+def test_numbers_of_what_is_gone(watch, said):
+    """An optimizer that is gone before its first step leaves its parameters' numbers to a model that nobody trains."""
+    plain = nn.Module.__call__
+    watch()
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.randn(64, 64))], lr=1e-3)
+    number = id(optimizer.param_groups[0]["params"][0])
+    assert nn.Module.__call__ is not plain
+    del optimizer
+    gc.collect()
+    teacher = network().requires_grad_(False)
+    teacher[0].weight = of_number(number, lambda: nn.Parameter(torch.randn(64, 64), requires_grad=False))
+    teacher(batch())
+    assert "_compiled_call_impl" not in teacher.__dict__
+
+
+def test_who_supplied_what_is_gone(watch, said):
+    watch()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch())
+    number = id(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    weights = of_number(number, lambda: nn.Parameter(torch.randn(64, 64)))
+    train(None, torch.optim.AdamW([weights], lr=1e-3), steps=1, call=lambda x: x @ weights)
+    assert said()[0].endswith("1 trainable tensor, 4,096 elements: stored in fp32, computed in fp32")
+    assert "no module that owns them was called" in said("WARNING")[0]
 
 
 @dataclass

@@ -204,6 +204,14 @@ def test_engine_swaps_fp32_in(armed, said):
     assert "taken back" in said("INFO")[0]
 
 
+def test_an_optimizer_with_the_number_of_one_that_is_gone(armed, said):
+    """It starts anew: nothing is taken back of a warning that was about another. Constructed again, it has the same number."""
+    optimizer = torch.optim.AdamW(weights())
+    optimizer.__init__(weights(torch.float32))
+    step(optimizer)
+    assert said("INFO") == []
+
+
 def test_asked_against_came(said):
     """fp32 was asked for and bf16 came: the warning says that instead, with names where it has any."""
     watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32", asked="model.torch_dtype=float32"))

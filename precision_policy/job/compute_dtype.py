@@ -161,42 +161,44 @@ class Owners:
         self._found = found
         self._guarded = guarded
         self._lock = threading.RLock()
-        self._ids: set[int] = set()
+        # By number, and weakly: a parameter that is gone may leave its number to one of a model that nobody trains.
+        self._wanted: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
 
     def follow(self, params: Iterable[torch.Tensor]) -> None:
         """Look for the owners of these as well."""
         with self._lock:
-            self._ids.update(map(id, params))
+            self._wanted.update((id(p), p) for p in params)
             self._strangers = weakref.WeakSet()
-            if self._ids and not self._undo:
+            if self._wanted and not self._undo:
                 # A hook would be traced by torch.compile, which also warns about it.
                 self._undo.append(wrap(nn.Module, "__call__", self._called))
 
     def forget(self, params: Iterable[torch.Tensor]) -> None:
         """Look for the owners of these no longer."""
         with self._lock:
-            self._ids.difference_update(map(id, params))
-            if not self._ids:
+            for p in params:
+                self._wanted.pop(id(p), None)
+            if not self._wanted:
                 self.stop()
 
     def stop(self) -> None:
         """Leave ``torch.nn.Module`` as it was."""
         with self._lock:
-            self._ids.clear()
+            self._wanted.clear()
             while self._undo:
                 self._undo.pop()()
 
     def _called(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Not while a graph is traced: an owner is called from outside of any.
-        if self._ids and not torch.compiler.is_dynamo_compiling() and module not in self._strangers:
+        if self._wanted and not torch.compiler.is_dynamo_compiling() and module not in self._strangers:
             self._guarded(self._look, module)
         return original(module, *args, **kwargs)
 
     def _look(self, module: nn.Module) -> None:
         with self._lock:
-            own = [p for p in module.parameters() if id(p) in self._ids]
+            own = [p for p in module.parameters() if id(p) in self._wanted]
             if not own:
                 self._strangers.add(module)
                 return

@@ -52,7 +52,7 @@ class Watch:
         self.armed = False
         self._advise = advise
         self._lock = threading.Lock()
-        # By identity: an optimizer that is gone may leave its number to another, which is watched just the same.
+        # By number. One that is gone may leave it to another, which starts anew: see where an optimizer is constructed.
         self._before_first_step: set[int] = set()
         self._warned: set[int] = set()
         self._probes: dict[int, compute_dtype.Probe] = {}
@@ -98,6 +98,7 @@ class Watch:
 
     def _at_construction(self, optimizer: Optimizer) -> None:
         self._before_first_step.add(id(optimizer))
+        self._warned.discard(id(optimizer))
         if self.plan.confirms:
             self._follow_compute(optimizer)
         known = optimizers.look_up(optimizer)
@@ -113,9 +114,14 @@ class Watch:
     def _follow_compute(self, optimizer: Optimizer) -> None:
         self._probes[id(optimizer)] = compute_dtype.Probe(optimizer)
         # Reading every dtype costs a tenth of the construction. Without bf16 to supply, the first parameter tells of shards.
-        if self.plan.compute_dtype is not None or compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1]):
+        asks_whose = self.plan.compute_dtype is not None
+        asks_whose = asks_whose or compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1])
+        if asks_whose or self._suppliers:
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            self._owners.follow(parameters.trainable(params, (torch.float32,)))
+            for p in params:
+                self._suppliers.pop(id(p), None)
+            if asks_whose:
+                self._owners.follow(parameters.trainable(params, (torch.float32,)))
 
     def _owner_found(self, module: nn.Module, params: list[nn.Parameter]) -> None:
         if params[0].dtype is not torch.float32:  # an engine has recast the module since
