@@ -609,6 +609,20 @@ def test_who_supplied_what_is_gone(watch, said):
     assert "no module that owns them was called" in said("WARNING")[0]
 
 
+def test_what_adapters_cost_is_not_said_of_the_model_beside_them(watch, said, monkeypatch):
+    """Mocked: a device with matrix units for bf16, which no machine of CI has."""
+    monkeypatch.setattr("precision_policy.job.compute_dtype.bf16_device", lambda device: "Some GPU")
+    watch(replace(ON, leaves_some_alone=True))
+    adapted = network().requires_grad_(False)
+    adapted[0].requires_grad_(True)
+    train(adapted, torch.optim.AdamW(adapted[0].parameters(), lr=1e-3))
+    assert said()[0].endswith("stored in fp32, computed in fp32")
+    assert not said("WARNING")
+    model = network()
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert "computed in fp32 on Some GPU" in said("WARNING")[0]
+
+
 @dataclass
 class Output:
     loss: torch.Tensor
@@ -706,6 +720,16 @@ def test_nothing_is_supplied_to_16_bits_or_peft(app, extra):
 
     run = app(CONFIG, textwrap.dedent(code))("+precision_policy=mixed", *extra)
     assert "computed in" not in run.log
+
+
+def test_where_a_dtype_was_chosen_the_fix_gets_bf16_compute_too(app, checkpoint):
+    """So it doubles no activations, which ``on`` has to say."""
+    train = app(LOAD.format(checkpoint=checkpoint), HEAD + LOOP)
+    assert "\n  fix: +model.dtype=float32  (activations double" in train("+precision_policy=on", "+model.dtype=bfloat16").out
+    assert "\n  fix: +model.dtype=float32\n" in train("+precision_policy=mixed", "+model.dtype=bfloat16").out
+    assert (
+        "computed in bf16 by autocast that the policy supplies" in train("+precision_policy=mixed", "+model.dtype=float32").log
+    )
 
 
 FULL_AND_ADAPTERS = """

@@ -25,8 +25,8 @@ class Plan:
         sample: how many elements the estimate may look at; see :func:`precision_policy.lost_updates`.
         confirms: whether the first step says what the weights are stored and computed in.
         set_over_checkpoint: whether the policy set fp32 where the checkpoint's own dtype would have been loaded.
-        compute_dtype: "bfloat16" where the policy supplies bf16 compute, or None.
-        leaves_some_alone: whether it supplies none to some of several models, which are left to PEFT or quantized.
+        compute_dtype: "bfloat16" where the policy supplies bf16 compute to what is stored in fp32, or None.
+        leaves_some_alone: whether some of several models, which are adapted by PEFT or quantized, are none of its business.
         monitor: every so many steps, the share of weights left unchanged; 0 never.
         optimizer: the dotted path of the optimizer's node, for advice.
     """
@@ -48,7 +48,7 @@ class Plan:
     @property
     def watches(self) -> bool:
         """Whether there is anything to do while the job runs."""
-        return self.action != "ignore" or self.confirms or self.compute_dtype is not None
+        return self.action != "ignore" or self.confirms
 
 
 def decisions(node: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -79,8 +79,8 @@ def read(node: Mapping[str, Any], option: str) -> Plan:
         sample=node["sample"],
         confirms=bool(fp32) or (node["compute_dtype"] is not None and not leaves_16_bits),
         set_over_checkpoint=any(one["rule"] == "set" and one["loads_checkpoint_dtype"] for one in made),
-        compute_dtype=None if leaves_16_bits else node["compute_dtype"],
-        leaves_some_alone=node["compute_dtype"] is not None and bool(rules & left_alone) and not frozen,
+        compute_dtype=node["compute_dtype"],
+        leaves_some_alone=bool(rules & left_alone) and not frozen,
         monitor=node["monitor"]["every"],
         optimizer=node["optimizer"],
     )

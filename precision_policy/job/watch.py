@@ -114,7 +114,7 @@ class Watch:
     def _follow_compute(self, optimizer: Optimizer) -> None:
         self._probes[id(optimizer)] = compute_dtype.Probe(optimizer)
         # Reading every dtype costs a tenth of the construction. Without bf16 to supply, the first parameter tells of shards.
-        asks_whose = self.plan.compute_dtype is not None
+        asks_whose = self.plan.compute_dtype is not None or self.plan.leaves_some_alone
         asks_whose = asks_whose or compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1])
         if asks_whose or self._suppliers:
             params = [p for group in optimizer.param_groups for p in group["params"]]
