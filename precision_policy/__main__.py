@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from precision_policy.estimate.checkpoint import CheckpointError, Summary, summarize
 from precision_policy.estimate.histogram import Histogram
 from precision_policy.estimate.parameters import short_name
@@ -78,7 +76,10 @@ def table(summary: Summary, rates: Sequence[float]) -> str:
     lines.append(f"{'':<24}{'weights':>16}" + "".join(f"{f'lr {rate:.3g}':>13}" for rate in rates))
     for dtype in {dtype: None for _, dtype in summary.histograms}:
         rows = {kind: h for (kind, its), h in sorted(summary.histograms.items(), key=lambda x: x[0][0]) if its is dtype}
-        for kind, histogram in {**rows, "all": _total(dtype, rows)}.items():
+        total = Histogram(dtype)
+        for histogram in rows.values():
+            total.add(histogram)
+        for kind, histogram in {**rows, "all": total}.items():
             shares = "".join(f"{histogram.lost(rate):>13.1%}" for rate in rates)
             lines.append(f"{f'{kind} ({short_name(dtype)})':<24}{histogram.total:>16,}{shares}")
     return "\n".join(lines)
@@ -125,13 +126,6 @@ def _pyplot() -> Any:
             '--plot needs matplotlib: pip install "hydra-precision-policy[plot]" (or pip install matplotlib)'
         ) from None
     return pyplot
-
-
-def _total(dtype: torch.dtype, rows: dict[str, Histogram]) -> Histogram:
-    total = Histogram(dtype)
-    for histogram in rows.values():
-        total.add(histogram)
-    return total
 
 
 if __name__ == "__main__":

@@ -26,11 +26,7 @@ _LOG = logging.getLogger("precision_policy")
 
 
 def resolve_storage_dtype(
-    cfg_model: Any,
-    cfg_opt: Any,
-    is_peft: bool = False,
-    context: str = "recipe",
-    logger: logging.Logger | None = None,
+    cfg_model: Any, cfg_opt: Any, is_peft: bool = False, context: str = "recipe", logger: logging.Logger | None = None
 ) -> None:
     """Set ``torch_dtype`` on the model's config to ``"float32"`` when nobody chose a dtype and all parameters train.
 

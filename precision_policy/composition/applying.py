@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from precision_policy.composition import config_tree, model_node, optimizer_node, peft, suggestions
-from precision_policy.composition.decision import Decision, Facts, ModelFacts, OptimizerFacts, decide
+from precision_policy.composition.decision import ABOUT_THE_MODEL, Decision, Facts, ModelFacts, OptimizerFacts, decide
 from precision_policy.composition.settings import AUTO, NODE, Pair, Path, SettingError, Settings, nearest_name, parse
 
 _MISSING_SOMETHING = ("no_model", "no_optimizer", "no_dtype_key", "target_takes_no_dtype")
@@ -35,8 +35,8 @@ def apply(cfg: DictConfig, overrides: Sequence[str], compose: Callable[[list[str
         saved = given.get("decision") or {}
         for name, pair in settings.each_pair().items():
             kept = saved if name is None else saved.get(name, {})
-            if _still_holds(cfg, kept):
-                decisions[name] = kept
+            if kept.get("rule") == "set" and config_tree.select(cfg, kept["key"]) == kept["after"]:
+                decisions[name] = kept  # a saved config that is run again still has what the policy set
                 continue
             decision = _with_advice(cfg, settings, pair, overrides, compose)
             if decision.rule == "set":
@@ -91,7 +91,7 @@ def _leads_to_the_model(compose: Callable[[list[str]], DictConfig], line: str) -
         decision = decide_pair(tried, settings, settings.each_pair()[None], [])
     except Exception:  # whatever it is, the line is not one to show
         return False
-    return decision.rule in suggestions.ABOUT_THE_MODEL
+    return decision.rule in ABOUT_THE_MODEL
 
 
 def _given(node: DictConfig) -> dict[str, Any]:
@@ -110,11 +110,6 @@ def _given(node: DictConfig) -> dict[str, Any]:
             raise SettingError(f"{NODE}.{key}", config_tree.raw_value(node, key), problem, fix)
         given[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     return given
-
-
-def _still_holds(cfg: DictConfig, decision: Mapping[str, Any]) -> bool:
-    """Whether a saved config that is run again still has what the policy set."""
-    return decision.get("rule") == "set" and config_tree.select(cfg, decision["key"]) == decision["after"]
 
 
 def _facts(cfg: DictConfig, settings: Settings, pair: Pair, overrides: Sequence[str]) -> Facts:
@@ -141,7 +136,6 @@ def _facts(cfg: DictConfig, settings: Settings, pair: Pair, overrides: Sequence[
 
 def _model(cfg: DictConfig, settings: Settings, at: Path, overrides: Sequence[str], inspect_target: bool) -> ModelFacts | str:
     """The facts about the model's node, or a clause that says what is there instead."""
-    assert at.path is not None
     found = config_tree.select(cfg, at.path)
     if isinstance(found, DictConfig):
         return model_node.describe(found, settings.keys, settings.dtype_key is not None, overrides, inspect_target)
@@ -152,13 +146,11 @@ def _model(cfg: DictConfig, settings: Settings, at: Path, overrides: Sequence[st
 
 def _optimizer(cfg: DictConfig, at: Path) -> OptimizerFacts | str:
     """The optimizer at the path, or a clause that says what is there instead."""
-    assert at.path is not None
     value = config_tree.select(cfg, at.path)
     found = optimizer_node.find(value)
-    if found is not None and found.torch_optim:
-        return found
     if found is not None:
-        return replace(found, name=f"{found.name} is not from torch.optim and may keep an fp32 master copy of its own")
+        not_torch = f"{found.name} is not from torch.optim and may keep an fp32 master copy of its own"
+        return found if found.torch_optim else replace(found, name=not_torch)
     if isinstance(value, DictConfig):
         clause = f"{at.path} does not name its optimizer; the one that the job builds is still watched"
         return OptimizerFacts(clause, torch_optim=False)
@@ -169,7 +161,6 @@ def _optimizer(cfg: DictConfig, at: Path) -> OptimizerFacts | str:
 
 
 def _unusable(cfg: DictConfig, at: Path, found: Any, what: str, fix: str) -> SettingError:
-    assert at.path is not None
     if found is config_tree.ABSENT and not config_tree.exists(cfg, at.path):
         return _leads_nowhere(cfg, at)
     return SettingError(at.setting, at.path, f"{at.path} {what}", fix)
@@ -177,7 +168,6 @@ def _unusable(cfg: DictConfig, at: Path, found: Any, what: str, fix: str) -> Set
 
 def _leads_nowhere(cfg: DictConfig, at: Path) -> SettingError:
     """The error for a path that does not exist: the path that was probably meant, and what is there."""
-    assert at.path is not None
     near = nearest_name(at.path, suggestions.all_paths(cfg))
     meant = f"Did you mean {at.setting}={near}? " if near else ""
     return SettingError(at.setting, at.path, f"the config has no {at.path}", f"{meant}{_what_exists(cfg, at.path)}.")

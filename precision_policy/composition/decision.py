@@ -6,7 +6,7 @@ Nothing here knows of Hydra, OmegaConf or torch. ``applying.py`` gathers the fac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Rule = Literal[
     "no_model",
@@ -21,8 +21,8 @@ Rule = Literal[
     "set",
 ]
 
-ABOUT_THE_MODEL = frozenset({"set", "warn_only", "explicit_dtype", "peft", "quantized"})
-"""The rules that concern the job's model. Advice is shown only if it leads to one of them."""
+ABOUT_THE_MODEL: Final[tuple[Rule, ...]] = ("set", "warn_only", "explicit_dtype", "quantized", "peft")
+"""The rules that concern the job's model, the likeliest first. Advice is shown only if it leads to one of them."""
 
 BF16_FOR_FP32 = {
     "float32": "bfloat16",
@@ -127,8 +127,7 @@ class Decision:
     Attributes:
         rule: the rule that held first.
         key: the dotted path of the dtype key that it is about, or None.
-        before: that key's value before.
-        after: its value after.
+        before, after: that key's value before and after.
         reason: one sentence why.
         fix: what to type for fp32 storage; empty where nothing in the config is known to set it.
         fp32: whether the config now asks for fp32 storage.
@@ -231,17 +230,8 @@ def _writable(facts: Facts, model: ModelFacts, fix: str) -> Decision:
     if model.fp16_kernels and not facts.compute_dtype:
         kernels = f"; {model.fp16_kernels} takes 16 bits alone: the job must autocast, or use precision_policy=mixed"
     reason = f"{keeps_none} (keep bf16: {field.override}={BF16_FOR_FP32[str(facts.fp32)]}){pointed}{kernels}"
-    return Decision(
-        "set",
-        field.path,
-        field.value,
-        facts.fp32,
-        reason,
-        fix,
-        fp32=True,
-        added=not field.there,
-        loads_checkpoint_dtype=loads,
-    )
+    path, before, added = field.path, field.value, not field.there
+    return Decision("set", path, before, facts.fp32, reason, fix, fp32=True, added=added, loads_checkpoint_dtype=loads)
 
 
 def _anyway(fix: str) -> str:

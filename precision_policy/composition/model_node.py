@@ -35,12 +35,10 @@ def describe(
     Raises:
         SettingError: nothing answers to the key that the user named.
     """
-    there = [_dtype_field(parent, name, overrides) for parent, name in _holders(model, keys) if config_tree.has(parent, name)]
+    found = [config_tree.parent_and_name(model, key) for key in keys]  # a key may be nested, as in model_args.torch_dtype
+    there = [_dtype_field(node, name, overrides) for node, name in found if node is not None and config_tree.has(node, name)]
     target = targets.dotted(config_tree.value(model, "_target_"))
-    added: DtypeField | None = None
-    refusal: tuple[Rule, str] | None = None
-    if not there:
-        added, refusal = _addable(model, keys, named, inspect_target)
+    added, refusal = (None, None) if there else _addable(model, keys, named, inspect_target)
     return ModelFacts(
         dtypes=tuple(there) or ((added,) if added else ()),
         refusal=refusal,
@@ -55,12 +53,6 @@ def spell(path: str, overrides: Sequence[str]) -> str:
     return next((f"{plus}{path}" for plus in ("++", "+") if any(text.startswith(f"{plus}{path}=") for text in overrides)), path)
 
 
-def _holders(model: DictConfig, keys: Sequence[str]) -> list[tuple[DictConfig, str]]:
-    """The mapping that holds each key, which may be nested as in ``model_args.torch_dtype``, and the key's last part."""
-    found = [config_tree.parent_and_name(model, key) for key in keys]
-    return [(parent, name) for parent, name in found if parent is not None]
-
-
 def _dtype_field(parent: DictConfig, name: str, overrides: Sequence[str]) -> DtypeField:
     path = config_tree.path_of_key(parent, name)
     override = spell(path, overrides)
@@ -72,8 +64,7 @@ def _dtype_field(parent: DictConfig, name: str, overrides: Sequence[str]) -> Dty
         return DtypeField(path, override, chosen=True, note=note)
     if value is None or isinstance(value, (str, bool, int, float)):
         return DtypeField(path, override, value, chosen=value not in UNCHOSEN, pointed_at=pointed_at)
-    text = "a node" if OmegaConf.is_config(value) else str(value)
-    return DtypeField(path, override, text, chosen=True)
+    return DtypeField(path, override, "a node" if OmegaConf.is_config(value) else str(value), chosen=True)
 
 
 def _addable(
@@ -126,12 +117,7 @@ def _nothing_answers(model: DictConfig, key: str) -> SettingError:
 
 
 def _takes(target: str, keys: tuple[str, ...]) -> tuple[str | None, str]:
-    """Which of the dtype keys a callable takes, so that adding it cannot crash the call; or None and why not.
-
-    Args:
-        target: dotted path of the callable; it is imported.
-        keys: the names to look for. The last one is the one to add to ``**kwargs``.
-    """
+    """Which dtype key a callable takes, so that adding it crashes no call (the last, by ``**kwargs``); or None and why not."""
     if target.startswith("torch."):
         return None, f"{target} takes a torch.dtype at most, not its name, so no dtype key was added"
     try:

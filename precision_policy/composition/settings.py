@@ -31,12 +31,12 @@ class Path:
 
     Attributes:
         setting: the key it was read from.
-        path: the path itself; None where the user said that there is nothing.
+        path: the path itself; empty where the user said that there is nothing.
         chosen: whether somebody set it; a default that leads nowhere is no error, a chosen one is.
     """
 
     setting: str
-    path: str | None
+    path: str
     chosen: bool
 
 
@@ -75,10 +75,6 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_sample(value: Any) -> bool:
-    return value is None or _is_count(value, 1)
-
-
 def _is_monitor(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) <= {"every"} and _is_count(value.get("every", 0), 0)
 
@@ -91,13 +87,9 @@ def _is_compute_dtype(value: Any) -> bool:
     return isinstance(value, (str, type(None))) and value in _COMPUTE_DTYPES
 
 
-def _is_action(value: Any) -> bool:
-    return value in ("warn", "error", "ignore")
-
-
-def _setting(default: Any, check: Callable[[Any], bool], fix: str, shown: str, meaning: str) -> Any:
-    """One setting: its default, what it may hold, what to write instead, and README's two cells on it."""
-    about = {"check": check, "fix": fix, "shown": shown, "meaning": meaning}
+def _setting(default: Any, check: Callable[[Any], bool], fix: str, meaning: str, shown: str = "") -> Any:
+    """One setting: its default, what it may hold, what to write instead, and README's words on it and on its default."""
+    about = {"check": check, "fix": fix, "meaning": meaning, "shown": shown or f"`{yaml_word(default)}`"}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=about)
     return field(default=default, metadata=about)
@@ -111,80 +103,73 @@ class Settings:
     """
 
     enabled: bool = _setting(
-        True, _is_bool, "Use true or false.", "`true`", "whether the policy acts at all; the option `off` sets it `false`"
+        True, _is_bool, "Use true or false.", "whether the policy acts at all; the option `off` sets it `false`"
     )
     write: bool = _setting(
-        True, _is_bool, "Use true or false.", "`true`", "whether the dtype is written; the option `warn` sets it `false`"
+        True, _is_bool, "Use true or false.", "whether the dtype is written; the option `warn` sets it `false`"
     )
     model: str = _setting(
         "model",
         _is_path,
         "Use the dotted path of the model's node, such as precision_policy.model=method.model.",
-        "`model`",
         "dotted path of the model's node; a path you set must exist; `.` is the config's root",
     )
     optimizer: str = _setting(
         "optimizer",
         _is_path,
         "Use the dotted path of its node, such as precision_policy.optimizer=training.optimizer.",
-        "`optimizer`",
         "dotted path of the optimizer's node, or of its name",
     )
     peft: str | None = _setting(
         AUTO,
         _is_path_or_none,
         "Use the dotted path of the PEFT flag or block, such as precision_policy.peft=model.lora, or null for none.",
-        "`auto`",
         "dotted path of the PEFT flag, rank or block; `auto` looks everywhere; `null`: PEFT is not about this model",
     )
     pairs: Mapping[str, Mapping[str, str | None]] | None = _setting(
         None,
         _is_pairs,
         "Use a mapping of names to {model: PATH, optimizer: PATH, peft: PATH}, the last two optional.",
-        "`null`",
         "several models: a name to `{model, optimizer, peft}` each",
     )
     dtype_key: str | None = _setting(
         None,
         _is_path_or_none,
         "Use the key's name below the model node, such as model_dtype.",
-        "`dtype` or `torch_dtype`",
         "the dtype's key below the model's node, in the project's own words",
+        shown="`dtype` or `torch_dtype`",
     )
     storage_dtype: str | int = _setting(
         "float32",
         _is_fp32,
         f"Use {', '.join(BF16_FOR_FP32)}.",
-        "`float32`",
         f"how the project spells fp32: {', '.join(f'`{name}`' for name in BF16_FOR_FP32)}",
     )
     compute_dtype: str | None = _setting(
         None,
         _is_compute_dtype,
         "Use bfloat16, or null to leave it to the application.",
-        "`null`",
         "`bfloat16`: the forward pass runs under bf16 autocast where the application does not; the option `mixed` sets it",
     )
     bf16_adam: Literal["warn", "error", "ignore"] = _setting(
         "warn",
-        _is_action,
+        lambda value: value in ("warn", "error", "ignore"),
         "Use warn, error or ignore.",
-        "`warn`",
         "what an Adam over bf16 weights leads to: `warn`, `error`, `ignore`",
     )
     sample: int | None = _setting(
         None,
-        _is_sample,
+        lambda value: value is None or _is_count(value, 1),
         "Use a number of elements, or null for the default.",
-        "2^26 on a CPU, all on a GPU",
         "how many weights the warning's numbers are read from",
+        shown="2^26 on a CPU, all on a GPU",
     )
     monitor: Mapping[str, int] = _setting(
         {"every": 0},
         _is_monitor,
         "Use a number of steps, such as precision_policy.monitor.every=100; 0 never logs.",
-        "`{every: 0}`",
         "`every`: every so many steps, log the share of weights that the step left unchanged; 0 never",
+        shown="`{every: 0}`",
     )
     chosen: frozenset[str] = frozenset()
 
@@ -199,16 +184,11 @@ class Settings:
 
     def each_pair(self) -> dict[str | None, Pair]:
         """The pairs to decide, by name; the one pair of a config without ``pairs`` has the name None."""
-        default = {name: Path(f"{NODE}.{name}", getattr(self, name), name in self.chosen) for name in _ROLES}
+        default = {role: Path(f"{NODE}.{role}", getattr(self, role) or "", role in self.chosen) for role in _ROLES}
         if not self.pairs:
             return {None: Pair(**default)}
         return {
-            name: Pair(
-                **{
-                    role: Path(f"{NODE}.pairs.{name}.{role}", pair[role], True) if role in pair else path
-                    for role, path in default.items()
-                }
-            )
+            name: Pair(**default | {role: Path(f"{NODE}.pairs.{name}.{role}", path or "", True) for role, path in pair.items()})
             for name, pair in self.pairs.items()
         }
 

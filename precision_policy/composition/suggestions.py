@@ -14,8 +14,6 @@ from precision_policy.composition import config_tree, model_node, targets
 from precision_policy.composition.decision import ABOUT_THE_MODEL, BF16_FOR_FP32, UNCHOSEN, Decision
 from precision_policy.composition.settings import SettingError, Settings
 
-__all__ = ["ABOUT_THE_MODEL", "all_paths", "line", "other_keys"]
-
 # A dtype key below these is a compute dtype or another model's, not the storage dtype of the model that trains.
 _COMPUTE: Final = {"engine", "amp", "fsdp", "fsdp_config", "autocast", "mixed_precision"}
 _OTHER_ROLES: Final = re.compile(
@@ -42,7 +40,7 @@ def line(cfg: DictConfig, settings: Settings, decide: Callable[[Settings], Decis
     """
     optimizers = [settings.optimizer] if "optimizer" in settings.chosen else _optimizers(cfg, settings)
     models = [settings.model] if "model" in settings.chosen else _nearest_first(_models(cfg, settings), optimizers)
-    best: tuple[int, str] | None = None
+    tried: list[tuple[int, str]] = []
     node = config_tree.select(cfg, settings.model)
     if isinstance(node, DictConfig) and not config_tree.has(node, "_target_"):
         models.insert(0, settings.model)  # what it lacks may be a key of the project's own
@@ -56,10 +54,8 @@ def line(cfg: DictConfig, settings: Settings, decide: Callable[[Settings], Decis
             except SettingError:
                 continue
             if words and rule in ABOUT_THE_MODEL:
-                rank = ("set", "warn_only", "explicit_dtype", "quantized", "peft").index(rule)
-                if best is None or rank < best[0]:
-                    best = rank, " ".join(words)
-    return best[1] if best else None
+                tried.append((ABOUT_THE_MODEL.index(rule), " ".join(words)))
+    return min(tried, key=lambda one: one[0])[1] if tried else None
 
 
 def other_keys(cfg: DictConfig, decision: Decision, overrides: Sequence[str]) -> str:

@@ -19,24 +19,8 @@ TORCH_ADAM_TARGETS = frozenset({"torch.optim.Adam", "torch.optim.AdamW", "torch.
 _TORCH_OPTIM = re.compile(r"torch\.optim\.(?:(?!lr_scheduler\b|swa_utils\b)\w+\.)*(?!Optimizer$)[A-Z]\w*")
 
 # Adafactor and Muon are left out: by name alone they are as likely to be another package's.
-_BY_NAME = {
-    name.lower(): f"torch.optim.{name}"
-    for name in [
-        "ASGD",
-        "Adadelta",
-        "Adagrad",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "LBFGS",
-        "NAdam",
-        "RAdam",
-        "RMSprop",
-        "Rprop",
-        "SGD",
-        "SparseAdam",
-    ]
-}
+_NAMES = "ASGD Adadelta Adagrad Adam AdamW Adamax LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam"
+_BY_NAME = {name.lower(): f"torch.optim.{name}" for name in _NAMES.split()}
 # The names of transformers.TrainingArguments(optim=...) that stand for torch.optim.AdamW.
 _BY_NAME |= dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "torch.optim.AdamW")
 
@@ -70,13 +54,7 @@ def loads_checkpoint_dtype(target: str) -> bool:
 
 
 # Their result is what ``path`` names. The last is where hydra-zen's ``just(...)`` leads.
-_GETTERS: Final = {
-    "hydra.utils.get_class",
-    "hydra.utils.get_method",
-    "hydra.utils.get_object",
-    "hydra.utils.get_static_method",
-    "hydra_zen.funcs.get_obj",
-}
+_GETTERS: Final = re.compile(r"hydra\.utils\.get_(class|method|object|static_method)|hydra_zen\.funcs\.get_obj")
 _FORWARDERS: Final = {"hydra_zen.funcs.zen_processing": "_zen_target"}
 _WRAPPERS: Final = {
     **_FORWARDERS,
@@ -94,7 +72,7 @@ def called(node: DictConfig) -> str | None:
 def built(node: DictConfig) -> str | None:
     """The dotted path of what the node's ``_target_`` really builds, getters and wrappers looked through; None without one."""
     path = dotted(config_tree.value(node, "_target_"))
-    if path in _GETTERS:
+    if path is not None and _GETTERS.fullmatch(path):
         return _built_by(config_tree.value(node, "path"))
     if path in _WRAPPERS:
         return _built_by(config_tree.value(node, _WRAPPERS[path]))

@@ -76,33 +76,18 @@ def add_counts(bits: torch.Tensor, shift: int, counts: list[int]) -> torch.Tenso
     """
     head = int(bits.storage_offset()) % 2
     tail = bits.numel() - (bits.numel() - head) % 2
+    words = bits[head:tail].view(torch.int32)
     low = 104 if shift == 7 else 0  # bf16: from 2**-23 on up to 2**9; fp16: all there are
-    *inside, above = _counts(bits[head:tail], shift, low // 8)
+    programs = triton.cdiv(words.numel(), _BLOCK * _INNER * _OUTER)
+    out = torch.empty(programs, _COLUMNS, dtype=torch.int32, device=bits.device)
+    with torch.cuda.device(bits.device):
+        _count[(programs,)](words, out, words.numel(), shift, low // 8, _BLOCK, _INNER, _OUTER, _COLUMNS, num_warps=4)
+    *inside, above = out[:, : 8 * _WINDOWS + 1].sum(0).tolist()
     for exponent, number in enumerate(inside, start=low):
         counts[exponent] += number
     if low:
         counts[low + 8 * _WINDOWS] += above  # 512 and more: which exponent exactly makes no difference to any lr < 1
         counts[0] += int(tail - head) - sum(inside) - above  # under 2**-23: every lr over 2**-31 moves them
+    else:
+        counts[0] -= 2 * (programs * _BLOCK * _INNER * _OUTER - words.numel())  # what is read beyond the end, as zeros
     return torch.cat([bits[:head], bits[tail:]])
-
-
-def _counts(bits: torch.Tensor, shift: int, first: int) -> list[int]:
-    """Count the 32 exponents from ``8 * first`` on, and all above them.
-
-    Args:
-        bits: int16 on a CUDA device, contiguous, an even number of them, 4-byte aligned.
-        shift: the position of the exponent's lowest bit: 7 for bf16, 10 for fp16.
-        first: the first exponent counted, divided by eight.
-
-    Returns:
-        33 counts.
-    """
-    words = bits.view(torch.int32)
-    programs = triton.cdiv(words.numel(), _BLOCK * _INNER * _OUTER)
-    out = torch.empty(programs, _COLUMNS, dtype=torch.int32, device=bits.device)
-    with torch.cuda.device(bits.device):
-        _count[(programs,)](words, out, words.numel(), shift, first, _BLOCK, _INNER, _OUTER, _COLUMNS, num_warps=4)
-    counts: list[int] = out[:, : 8 * _WINDOWS + 1].sum(0).tolist()
-    if first == 0:  # the words beyond the end were read as zeros
-        counts[0] -= programs * _BLOCK * _INNER * _OUTER * 2 - bits.numel()
-    return counts

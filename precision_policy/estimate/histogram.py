@@ -38,8 +38,7 @@ class _Format:
     bias: int
 
 
-_FORMATS: Final = {torch.bfloat16: _Format(8, 7, 127), torch.float16: _Format(11, 10, 15)}
-FORMATS: Final = frozenset(_FORMATS)
+FORMATS: Final = {torch.bfloat16: _Format(8, 7, 127), torch.float16: _Format(11, 10, 15)}
 """The storage dtypes that the estimate knows."""
 
 
@@ -80,7 +79,7 @@ class Histogram:
         """
         if not self.seen or math.isnan(update):
             return 0.0
-        form = _FORMATS[self.dtype]
+        form = FORMATS[self.dtype]
         if update == 0.0:
             return 1.0
         # update < 2**(e - p)  <=>  e - p >= k, where 2**(k-1) <= update < 2**k
@@ -131,14 +130,13 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
     step = stride([p for _, params in groups for p in params], sample)
     estimates = []
     for lr, params in groups:
-        for dtype in _FORMATS:
+        for dtype in FORMATS:
             mine = parameters.trainable(params, (dtype,))
             if mine:
                 whole, kinds, unread = Histogram(dtype), {}, 0
                 for kind in parameters.KINDS:
-                    counted, not_read = histogram(
-                        [p for p in mine if parameters.kind(p) == kind], dtype, parameters.EvenSample(step)
-                    )
+                    of_kind = [p for p in mine if parameters.kind(p) == kind]
+                    counted, not_read = histogram(of_kind, dtype, parameters.EvenSample(step))
                     unread += not_read
                     if counted.total:
                         kinds[kind] = counted
@@ -157,12 +155,10 @@ def as_float(number: Any) -> float:
 
 def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
     """The stride with which about ``sample`` elements are looked at; see :func:`lost_updates` for None."""
-    low = parameters.trainable(params, _FORMATS)
-    if sample is None:
-        if not any(p.device.type == "cpu" for p in low):
-            return 1
-        sample = CPU_SAMPLE
-    return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample)
+    low = parameters.trainable(params, FORMATS)
+    if sample is None and not any(p.device.type == "cpu" for p in low):
+        return 1
+    return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample or CPU_SAMPLE)
 
 
 def histogram(
@@ -173,7 +169,7 @@ def histogram(
     for param in params:
         tensor = parameters.local(param)
         try:
-            counts = _counts(tensor, _FORMATS[dtype], views)
+            counts = _counts(tensor, FORMATS[dtype], views)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError):
             # Meta, sparse, fake and wrapper-subclass tensors hold nothing that can be read in place, and each refuses in
             # its own way. A diagnosis must not end the job, so what refuses is counted apart.

@@ -284,11 +284,8 @@ def _elements(params: Sequence[torch.Tensor]) -> str:
     partly = " of this rank's shard" if any(map(parameters.has_unknown_size, params)) else ""
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if count >= size:
-            return (
-                f"{count / size:,.3g} {unit} elements{partly}"
-                if count < 1000 * size
-                else f"{count / size:,.0f} {unit} elements{partly}"
-            )
+            amount = count / size
+            return f"{amount:,.0f} {unit} elements{partly}" if amount >= 1000 else f"{amount:,.3g} {unit} elements{partly}"
     return f"{count:,} elements{partly}"
 
 
@@ -303,18 +300,16 @@ def _table(shares: _Shares | None) -> list[str]:
 
 
 def _decay(optimizer: Optimizer, low: Sequence[LowPrecision]) -> str | None:
-    inert, largest = [], 0.0
+    shrinks = []  # each group's weights by this factor of themselves
     for one in low:
         rate, decay = estimate.as_float(one.group.get("lr")), estimate.as_float(one.group.get("weight_decay", 0.0))
         decoupled = one.group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
         if decoupled and decay > 0 and rate > 0:
-            inert.append(rate * decay < _INERT)
-            largest = max(largest, rate * decay)
-    if not inert:
-        return None
-    if all(inert):
-        return f"weight decay is inert: lr * weight_decay = {largest:.0e} is under 2^-9"
-    return f"weight decay is inert in {sum(inert)} of {len(inert)} groups" if any(inert) else None
+            shrinks.append(rate * decay)
+    inert = sum(shrink < _INERT for shrink in shrinks)
+    if inert and inert == len(shrinks):
+        return f"weight decay is inert: lr * weight_decay = {max(shrinks):.0e} is under 2^-9"
+    return f"weight decay is inert in {inert} of {len(shrinks)} groups" if inert else None
 
 
 def _cost(known: Known, low: Sequence[LowPrecision]) -> str:

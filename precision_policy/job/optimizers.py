@@ -76,57 +76,21 @@ KNOWN: Final = (
     Known("torch.optim.Adamax", _nothing, 4, "torch/optim/adamax.py, torch 2.13.0: lr * g / |g| at the first step"),
     # A second update of 0.056 lr follows the first of lr, and is rounded by itself.
     Known("torch.optim.NAdam", _nothing, 4, "torch/optim/nadam.py, torch 2.13.0: lr * g / |g| at the first step"),
-    Known(
-        "torch.optim.RAdam",
-        _nothing,
-        4,
-        "torch/optim/radam.py, torch 2.13.0: lr * g until it is rectified",
-        known_size=False,
-    ),
-    Known(
-        "torch.optim.Adafactor",
-        _nothing,
-        0,
-        "torch/optim/_adafactor.py, torch 2.13.0: relative to each tensor's norm; states of a row and a column",
-        known_size=False,
-    ),
-    Known(
-        "torch.optim.Muon",
-        _nothing,
-        2,
-        "torch/optim/_muon.py, torch 2.13.0: an orthogonalized matrix, whose elements differ",
-        known_size=False,
-    ),
-    Known(
-        "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam",
-        _te,
-        0,
-        "transformer_engine/pytorch/optimizers/fused_adam.py, TransformerEngine 04912bf (2025); states are fp32",
-    ),
+    # lr * g until it is rectified.
+    Known("torch.optim.RAdam", _nothing, 4, "torch/optim/radam.py, torch 2.13.0", known_size=False),
+    # Relative to each tensor's norm; its states are of a row and a column.
+    Known("torch.optim.Adafactor", _nothing, 0, "torch/optim/_adafactor.py, torch 2.13.0", known_size=False),
+    # An orthogonalized matrix, whose elements differ.
+    Known("torch.optim.Muon", _nothing, 2, "torch/optim/_muon.py, torch 2.13.0", known_size=False),
+    # Its states are fp32.
+    Known("transformer_engine.pytorch.optimizers.fused_adam.FusedAdam", _te, 0, "fused_adam.py, TransformerEngine 04912bf"),
     Known("apex.optimizers.fused_adam.FusedAdam", _apex, 0, "apex/optimizers/fused_adam.py, apex 004da4e"),
     Known("torchao.optim.adam._AdamBase", _torchao, 0, "torchao/optim/adam.py, torchao 0.18.0", mixed=True),
-    Known(
-        "optimi.optimizer.OptimiOptimizer",
-        _optimi,
-        4,
-        "optimi/optimizer.py and optimi/utils.py, torch-optimi 0.3.3",
-        mixed=True,
-    ),
+    Known("optimi.optimizer.OptimiOptimizer", _optimi, 4, "optimi/optimizer.py, utils.py, torch-optimi 0.3.3", mixed=True),
     Known("bitsandbytes.optim.optimizer.Optimizer8bit", _nothing, 0, "bitsandbytes/optim/optimizer.py, 0.50.2", mixed=True),
-    Known(
-        "deepspeed.ops.adam.fused_adam.FusedAdam",
-        _nothing,
-        0,
-        "deepspeed/ops/adam/fused_adam.py: the class keeps none, the engine's wrappers add it",
-        engine_owned=True,
-    ),
-    Known(
-        "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam",
-        _nothing,
-        0,
-        "deepspeed/ops/adam/cpu_adam.py: as its FusedAdam",
-        engine_owned=True,
-    ),
+    # The classes keep none, the engine's wrappers add it.
+    Known("deepspeed.ops.adam.fused_adam.FusedAdam", _nothing, 0, "deepspeed/ops/adam/fused_adam.py", engine_owned=True),
+    Known("deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam", _nothing, 0, "deepspeed/ops/adam/cpu_adam.py", engine_owned=True),
 )
 _BY_BASE: Final = {known.base: known for known in KNOWN}
 

@@ -113,7 +113,7 @@ class Watch:
 
     def _follow_compute(self, optimizer: Optimizer) -> None:
         self._probes[id(optimizer)] = compute_dtype.Probe(optimizer)
-        # Reading every dtype costs a tenth of the construction. Without bf16 to supply, the first parameter tells of shards.
+        # Reading every dtype costs a tenth of the construction, so not without need. The first parameter tells of shards.
         asks_whose = self.plan.compute_dtype is not None or self.plan.leaves_some_alone
         asks_whose = asks_whose or compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1])
         if asks_whose or self._suppliers:
@@ -163,14 +163,15 @@ class Watch:
         if not low or known.keeps(optimizer, torch.bfloat16) != "nothing":
             return
         self._warned.add(id(optimizer))
-        if self.plan.action == "error":
-            warning = message.warning(optimizer, known, low, self.plan, self._other_way(optimizer))
-            self._say_once("warning", logging.ERROR, lambda: warning.text)
-            will = "; the schedule will get there" if warning.nearly_nothing else ""
-            raise Bf16AdamError(f"{warning.short}{will}")
-        if self._first_time("warning"):
-            warning = message.warning(optimizer, known, low, self.plan, self._other_way(optimizer))
-            _LOG.log(logging.INFO if warning.nearly_nothing else logging.WARNING, warning.text)
+        first, strict = self._first_time("warning"), self.plan.action == "error"
+        if not (first or strict):
+            return
+        warning = message.warning(optimizer, known, low, self.plan, self._other_way(optimizer))
+        if first:
+            level = logging.ERROR if strict else logging.INFO if warning.nearly_nothing else logging.WARNING
+            _LOG.log(level, warning.text)
+        if strict:
+            raise Bf16AdamError(f"{warning.short}{'; the schedule will get there' if warning.nearly_nothing else ''}")
 
     def _other_way(self, optimizer: Optimizer) -> str | None:
         if self._advise is None or self.plan.asked:

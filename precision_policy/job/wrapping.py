@@ -8,11 +8,9 @@ from typing import Any
 
 
 def wrap(kind: type, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Call ``around(original, self, *args, **kwargs)`` in place of a method.
+    """Call ``around(original, self, *args, **kwargs)`` in place of a method; the result undoes it.
 
-    Returns:
-        What undoes it. Whoever has wrapped the method on top keeps this wrapper in between, so ``around`` must then do nothing
-        of its own.
+    Whoever has wrapped the method on top keeps this wrapper in between, so ``around`` must then do nothing of its own.
     """
     original = getattr(kind, name)
 
