@@ -87,6 +87,9 @@ def test_a_saved_record_holds():
     other = OmegaConf.create(first)
     apply(other, [])
     assert other[NODE].decision.rule == "explicit_dtype"
+    nothing = OmegaConf.create(OmegaConf.to_container(applied({}, {}, [])))
+    apply(nothing, [])  # a default path that leads nowhere is no error, though the saved config names it
+    assert nothing[NODE].decision.rule == "no_model"
 
 
 FIELDS = {
