@@ -570,6 +570,16 @@ def test_adapters_beside_another_model_under_sharding_or_by_hand(watch, said):
     assert not said("WARNING")
 
 
+def test_a_model_that_was_recast_since_is_not_supplied(watch):
+    watch()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.bfloat16()
+    model(batch().bfloat16())
+    assert optimizer.param_groups[0]["params"][0].dtype is torch.bfloat16
+    assert "_compiled_call_impl" not in model.__dict__
+
+
 def of_number(number, make):
     """An object with the number that another one left."""
     made = []
