@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from precision_policy.estimate.checkpoint import CheckpointError, Summary, summarize
-from precision_policy.estimate.histogram import Histogram
+from precision_policy.estimate.histogram import together
 from precision_policy.estimate.parameters import short_name
 
 _FACTORS = (10, 3, 1, 0.3, 0.1)
@@ -76,10 +76,7 @@ def table(summary: Summary, rates: Sequence[float]) -> str:
     lines.append(f"{'':<24}{'weights':>16}" + "".join(f"{f'lr {rate:.3g}':>13}" for rate in rates))
     for dtype in {dtype: None for _, dtype in summary.histograms}:
         rows = {kind: h for (kind, its), h in sorted(summary.histograms.items(), key=lambda x: x[0][0]) if its is dtype}
-        total = Histogram(dtype)
-        for histogram in rows.values():
-            total.add(histogram)
-        for kind, histogram in {**rows, "all": total}.items():
+        for kind, histogram in {**rows, "all": together(dtype, rows.values())}.items():
             shares = "".join(f"{histogram.lost(rate):>13.1%}" for rate in rates)
             lines.append(f"{f'{kind} ({short_name(dtype)})':<24}{histogram.total:>16,}{shares}")
     return "\n".join(lines)

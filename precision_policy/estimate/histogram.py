@@ -96,6 +96,14 @@ class Histogram:
         return 0.0
 
 
+def together(dtype: torch.dtype, histograms: Iterable[Histogram]) -> Histogram:
+    """The sum of histograms of one dtype."""
+    total = Histogram(dtype)
+    for histogram in histograms:
+        total.add(histogram)
+    return total
+
+
 @dataclass(frozen=True)
 class GroupEstimate:
     """The estimate for one parameter group and one storage dtype.
@@ -133,14 +141,14 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
         for dtype in FORMATS:
             mine = parameters.trainable(params, (dtype,))
             if mine:
-                whole, kinds, unread = Histogram(dtype), {}, 0
+                kinds, unread = {}, 0
                 for kind in parameters.KINDS:
                     of_kind = [p for p in mine if parameters.kind(p) == kind]
                     counted, not_read = histogram(of_kind, dtype, parameters.EvenSample(step))
                     unread += not_read
                     if counted.total:
                         kinds[kind] = counted
-                        whole.add(counted)
+                whole = together(dtype, kinds.values())
                 estimates.append(GroupEstimate(lr, whole, whole.lost(lr), unread, kinds))
     return estimates
 

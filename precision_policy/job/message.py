@@ -226,9 +226,7 @@ def _shares(low: Sequence[LowPrecision], sample: int | None) -> _Shares | None:
             rows.append(_Row(kind, elements, now, tenth))
     if not rows:
         return None
-    every = estimate.Histogram(torch.bfloat16)
-    for group in groups:
-        every.add(group.histogram)
+    every = estimate.together(torch.bfloat16, [group.histogram for group in groups])
     shards = any(parameters.is_shard(p) for one in low for p in one.params)
     read_from = ["an even sample"] * every.sampled + ["this rank's shard"] * shards
     label = f"lr {rates[0]:g}" if len(set(rates)) == 1 else "each group's lr"
@@ -300,7 +298,7 @@ def _table(shares: _Shares | None) -> list[str]:
 
 
 def _decay(optimizer: Optimizer, low: Sequence[LowPrecision]) -> str | None:
-    shrinks = []  # each group's weights by this factor of themselves
+    shrinks = []  # by which part of itself a step shrinks a weight of each group
     for one in low:
         rate, decay = estimate.as_float(one.group.get("lr")), estimate.as_float(one.group.get("weight_decay", 0.0))
         decoupled = one.group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
