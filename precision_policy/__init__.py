@@ -9,14 +9,17 @@ if TYPE_CHECKING:
     from precision_policy.estimate.histogram import lost_updates
     from precision_policy.precision_warnings import resolve_storage_dtype, warn_if_torch_adam_with_bf16_params
 
-_HOMES = {"lost_updates": "estimate.histogram"}
 __all__ = ["lost_updates", "resolve_storage_dtype", "warn_if_torch_adam_with_bf16_params"]
 
 
 def __getattr__(name: str) -> Any:
     # On demand: every Hydra application on the machine imports this package when Hydra discovers its plugins.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    if name == "lost_updates":
+        from precision_policy.estimate.histogram import lost_updates
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'precision_warnings')}"), name)
+        return lost_updates
+    if name in __all__:
+        from precision_policy import precision_warnings
+
+        return getattr(precision_warnings, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,9 +33,10 @@ _is_tried: ContextVar[bool] = ContextVar("is_tried", default=False)
 
 
 def install() -> bool:
-    """Wrap what must be wrapped, where this Hydra has all of it; whether it has.
+    """Wrap what must be wrapped, once however often it is called: Hydra 1.3 may execute the plugin's module again.
 
-    Once however often it is called: Hydra 1.3 may execute the plugin's module again.
+    Returns:
+        Whether this Hydra has all of it. Where it has not, nothing is wrapped.
     """
     try:
         from hydra._internal.callbacks import Callbacks

@@ -117,7 +117,12 @@ def _nothing_answers(model: DictConfig, key: str) -> SettingError:
 
 
 def _takes(target: str, keys: tuple[str, ...]) -> tuple[str | None, str]:
-    """Which dtype key a callable takes, so that adding it crashes no call (the last, by ``**kwargs``); or None and why not."""
+    """Which of the dtype keys a callable takes, so that adding it cannot crash the call; or None and why not.
+
+    Args:
+        target: dotted path of the callable; it is imported.
+        keys: the names to look for. The last one is the one to add to ``**kwargs``.
+    """
     if target.startswith("torch."):
         return None, f"{target} takes a torch.dtype at most, not its name, so no dtype key was added"
     try:

@@ -54,7 +54,13 @@ def loads_checkpoint_dtype(target: str) -> bool:
 
 
 # Their result is what ``path`` names. The last is where hydra-zen's ``just(...)`` leads.
-_GETTERS: Final = re.compile(r"hydra\.utils\.get_(class|method|object|static_method)|hydra_zen\.funcs\.get_obj")
+_GETTERS: Final = {
+    "hydra.utils.get_class",
+    "hydra.utils.get_method",
+    "hydra.utils.get_object",
+    "hydra.utils.get_static_method",
+    "hydra_zen.funcs.get_obj",
+}
 _FORWARDERS: Final = {"hydra_zen.funcs.zen_processing": "_zen_target"}
 _WRAPPERS: Final = {
     **_FORWARDERS,
@@ -72,7 +78,7 @@ def called(node: DictConfig) -> str | None:
 def built(node: DictConfig) -> str | None:
     """The dotted path of what the node's ``_target_`` really builds, getters and wrappers looked through; None without one."""
     path = dotted(config_tree.value(node, "_target_"))
-    if path is not None and _GETTERS.fullmatch(path):
+    if path in _GETTERS:
         return _built_by(config_tree.value(node, "path"))
     if path in _WRAPPERS:
         return _built_by(config_tree.value(node, _WRAPPERS[path]))

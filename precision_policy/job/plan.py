@@ -26,7 +26,7 @@ class Plan:
         confirms: whether the first step says what the weights are stored and computed in.
         set_over_checkpoint: whether the policy set fp32 where the checkpoint's own dtype would have been loaded.
         compute_dtype: "bfloat16" where the policy supplies bf16 compute to what is stored in fp32, or None.
-        leaves_some_alone: whether some of several models, which are adapted by PEFT or quantized, are none of its business.
+        leaves_some_alone: whether some of several models, but not all, are left to PEFT or quantized.
         monitor: every so many steps, the share of weights left unchanged; 0 never.
         optimizer: the dotted path of the optimizer's node, for advice.
     """

@@ -114,8 +114,8 @@ class Watch:
     def _follow_compute(self, optimizer: Optimizer) -> None:
         self._probes[id(optimizer)] = compute_dtype.Probe(optimizer)
         # Reading every dtype costs a tenth of the construction, so not without need. The first parameter tells of shards.
-        asks_whose = self.plan.compute_dtype is not None or self.plan.leaves_some_alone
-        asks_whose = asks_whose or compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1])
+        sharded = compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1])
+        asks_whose = sharded or self.plan.leaves_some_alone or self.plan.compute_dtype is not None
         if asks_whose or self._suppliers:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for p in params:
