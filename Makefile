@@ -21,7 +21,7 @@ test: .venv/ready .venv-1.4/ready
 test-all:  ## beside that Ray, Optuna, DeepSpeed and the oldest torch and Hydra: 2 GB of downloads, about 10 minutes more
 test-all: test .venv-heavy/ready .venv-oldest/ready
 	@echo "== Ray, Optuna, DeepSpeed =="
-	.venv-heavy/bin/pytest -n $(JOBS) tests/test_heavy.py
+	.venv-heavy/bin/pytest -n $(JOBS) tests/applications/test_heavy.py
 	@echo "== oldest: torch 2.6.0, Hydra 1.3.2 =="
 	.venv-oldest/bin/pytest -n $(JOBS) -m "not once and not heavy"
 
@@ -45,7 +45,7 @@ bench: .venv/ready
 
 nightly:  ## 10,000 generated config trees
 nightly: .venv/ready
-	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest -n $(JOBS) tests/test_any_config.py
+	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest -n $(JOBS) tests/composition/test_any_config.py
 
 mutants:  ## change the code in thousands of small ways and count which changes the tests notice: under an hour
 mutants: .venv/ready

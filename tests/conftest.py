@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from job_starter import JobStarter
+
+APPS = Path(__file__).parent / "apps"
 
 # A machine that is busy with something else is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -53,7 +57,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not _RANKS.mat
 def pytest_collection_modifyitems(items):
     """Mark the tests that start an application, or make a checkpoint by one: mutation testing does without them."""
     for item in items:
-        if {"app", "checkpoint"} & set(getattr(item, "fixturenames", ())):
+        if {"app", "application", "checkpoint"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
 
 
@@ -84,48 +88,85 @@ class Run:
 
 
 class App:
-    """An application in a folder of its own."""
+    """An application in a folder of its own.
 
-    def __init__(self, folder: Path, config: str, code: str) -> None:
+    Args:
+        folder: the folder.
+        starter: starts its jobs.
+        program: the file that is run.
+    """
+
+    def __init__(self, folder: Path, starter: JobStarter, program: str = "app.py") -> None:
         self.folder = folder
-        (folder / "conf").mkdir()
-        self.write("conf/config.yaml", config)
-        self.write("app.py", code)
+        self.program = program
+        self._starter = starter
 
     def write(self, name: str, text: str) -> None:
         """Add a file."""
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(text)
 
-    def __call__(self, *arguments: str, status: int | None = 0, python=sys.executable, env=None, **options) -> Run:
-        """Run it and expect an exit status; None takes any."""
-        command = [*(python if isinstance(python, list) else [python]), "app.py", *arguments]
-        if not {"--cfg", "--multirun", "-m"} & set(arguments):
-            command.append("hydra.run.dir=out")
-        if {"--multirun", "-m"} & set(arguments):
-            command.append("hydra.sweep.dir=sweep")
-        finished = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=ENVIRONMENT | (env or {}),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            **options,
-        )
-        if status is not None and finished.returncode != status:
-            raise AssertionError(f"{command} exited {finished.returncode}\n{finished.stdout}\n{finished.stderr}")
-        return Run(finished.returncode, finished.stdout, finished.stderr)
+    def __call__(self, *arguments: str, status: int | None = 0, python=None, env=None, outputs=True, timeout=120) -> Run:
+        """Run it as a process of its own and expect an exit status; None takes any.
+
+        Args:
+            arguments: its command line.
+            status: what it exits with.
+            python: the words that start an interpreter, where it must be a fresh one; otherwise the process is a fork of one that
+                has imported torch and Hydra.
+            env: environment variables beside those of the tests.
+            outputs: whether Hydra's output goes to ``out`` or ``sweep`` in the folder.
+            timeout: in seconds.
+        """
+        sweeps = {"--multirun", "-m"} & set(arguments)
+        words = list(arguments)
+        if outputs and sweeps:
+            words.append("hydra.sweep.dir=sweep")
+        elif outputs and not {"--cfg", "--help", "--info", "--experimental-rerun"} & set(arguments):
+            words.append("hydra.run.dir=out")
+        environment = ENVIRONMENT | (env or {})
+        if python is None:
+            returned = self._starter.run(self.program, words, self.folder, environment, timeout)
+            out, err = ((self.folder / name).read_text() for name in (".stdout", ".stderr"))
+        else:
+            command = [*(python if isinstance(python, list) else [python]), self.program, *words]
+            finished = subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            )
+            returned, out, err = finished.returncode, finished.stdout, finished.stderr
+        if status is not None and returned != status:
+            raise AssertionError(f"{self.program} {' '.join(words)} exited {returned}\n{out}\n{err}")
+        return Run(returned, out, err)
+
+
+@pytest.fixture(scope="session")
+def job_starter():
+    """Starts applications, each as a process of its own."""
+    starter = JobStarter(ENVIRONMENT)
+    yield starter
+    starter.close()
 
 
 @pytest.fixture
-def app(tmp_path):
+def application(tmp_path, job_starter):
+    """Make a copy of an application of ``tests/apps``, by the name of its folder there."""
+
+    def make(name: str, program: str = "app.py") -> App:
+        shutil.copytree(APPS / name, tmp_path / name)
+        return App(tmp_path / name, job_starter, program)
+
+    return make
+
+
+@pytest.fixture
+def app(tmp_path, job_starter):
     """Make an application: by default one that trains a bf16 weight unless its config says float32."""
 
     def make(config: str = CONFIG, code: str = TRAIN, folder: str = "app") -> App:
-        (tmp_path / folder).mkdir()
-        return App(tmp_path / folder, config, code)
+        made = App(tmp_path / folder, job_starter)
+        made.write("conf/config.yaml", config)
+        made.write("app.py", code)
+        return made
 
     return make
 

@@ -81,7 +81,7 @@ def test_readme_line(compose, layout, config, line, key):
 
 
 def test_the_readme_has_these_lines():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
     for layout, _, line, key in README_TABLE:
         keys = [key] if key else ["actor.torch_dtype", "critic.torch_dtype"]
         shown = ", ".join(f"`{one}`" for one in keys)
@@ -92,7 +92,7 @@ def test_the_readme_has_every_setting():
     """Its table is made of the settings' own words."""
     from precision_policy.composition.settings import TABLE
 
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
     for one in TABLE:
         assert f"| `{one.name}` | {one.metadata['shown']} | {one.metadata['meaning']} |" in readme
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.once
 
 COMPOSE = """

@@ -246,7 +246,7 @@ def test_the_benchmark_of_ranks(tmp_path):
 
     from conftest import ENVIRONMENT
 
-    script = Path(__file__).parent.parent / "benchmarks/ranks.py"
+    script = Path(__file__).parent.parent.parent / "benchmarks/ranks.py"
     command = [*torchrun(2), str(script), "--out", str(tmp_path), "--small"]
     finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr

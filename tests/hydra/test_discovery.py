@@ -43,7 +43,7 @@ def test_a_job_without_the_policy_imports_none_of_it(app):
         main()
     """)
     assert (
-        app(code=code)().out.strip()
+        app(code=code)(python=sys.executable).out.strip()
         == "['precision_policy', 'precision_policy.composition', 'precision_policy.composition.hydra_hook', 'precision_policy.conf']"
     )
 

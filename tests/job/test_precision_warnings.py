@@ -162,6 +162,6 @@ def test_the_readmes_lines_run(capsys):
     import re
     from pathlib import Path
 
-    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent.parent / "README.md").read_text(), re.DOTALL)
     exec(code, {"optimizer": torch.optim.AdamW([bf16()], lr=1e-5)})
     assert capsys.readouterr().out == "lr 1e-05: 100.0% of 2 weights cannot move\n"

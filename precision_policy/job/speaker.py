@@ -1,0 +1,45 @@
+"""Who speaks for the job: one logger, on rank zero, and once for what is said once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from precision_policy.job import ranks
+
+_LOG = logging.getLogger("precision_policy")
+
+
+class Speaker:
+    """Logs on rank zero.
+
+    Args:
+        said: the names of what was said already, by a speaker that this one goes on for.
+    """
+
+    def __init__(self, said: Iterable[str] = ()) -> None:
+        self.said = set(said)
+        self._lock = threading.Lock()
+
+    def say(self, level: int, text: str, **kwargs: Any) -> None:
+        """Log one record on rank zero."""
+        if ranks.is_rank_zero():
+            # An application's logging.config.dictConfig disables all loggers that exist, unless told otherwise.
+            _LOG.disabled = False
+            _LOG.log(level, "%s", text, **kwargs)
+
+    def is_first(self, what: str) -> bool:
+        """Whether this is the first time that ``what`` is to be said in this job, on whatever rank."""
+        with self._lock:
+            first = what not in self.said
+            self.said.add(what)
+        return first
+
+    def say_once(self, what: str, level: int, text: Callable[[], str | None], **kwargs: Any) -> None:
+        """Log once in a job. The text is made only then, since it may read the weights; None says nothing."""
+        if self.is_first(what) and ranks.is_rank_zero():
+            told = text()
+            if told is not None:
+                self.say(level, told, **kwargs)
