@@ -56,13 +56,15 @@ clean:  ## remove all environments and outputs
 	rm -rf .venv .venv-* .demo build dist *.egg-info
 
 # torch first, pinned: an unpinned one, or another package's wish for a newer one, is gigabytes of CUDA.
+# Triton's interpreter runs the kernels; one of the two environments is enough for that.
 .venv/ready: HYDRA = 1.3.8
+.venv/ready: TRITON = triton
 .venv-1.4/ready: HYDRA = 1.4.0rc3
 .venv/ready .venv-1.4/ready: pyproject.toml constraints.txt requirements/dev.txt
 	@echo "== installing $(@D): torch 2.13.0 (CPU), Hydra $(HYDRA), transformers, Lightning and others: 1.6 GB, about 2 minutes =="
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP) torch==2.13.0
-	$(@D)/bin/python $(PIP) hydra-core==$(HYDRA) -r requirements/dev.txt
+	$(@D)/bin/python $(PIP) hydra-core==$(HYDRA) $(TRITON) -r requirements/dev.txt
 	$(@D)/bin/python $(PIP) -e .
 	touch $@
 
