@@ -33,7 +33,7 @@ class JobCallback(Callback):
         option = _option(config)
         speaker = Speaker()
         for decision in record.decisions:
-            speaker.say(logging.INFO, f"{option}: {_line(decision)}")
+            speaker.say(logging.INFO, f"{option}: {describe(decision)}")
         # Imported here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.
         from precision_policy.job import arming
 
@@ -46,7 +46,7 @@ class JobCallback(Callback):
         self._armed.close()
 
 
-def _line(decision: Decision) -> str:
+def describe(decision: Decision) -> str:
     """One decision as the text that reports it."""
     if decision.rule != "set":
         return f"nothing set ({decision.rule}): {decision.reason}"
