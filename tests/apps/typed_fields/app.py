@@ -3,7 +3,7 @@
 import enum
 import json
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,17 +18,17 @@ class Storage(enum.Enum):
 
 @dataclass
 class Text:
-    torch_dtype: Optional[str] = None
+    torch_dtype: str | None = None
 
 
 @dataclass
 class Enumerated:
-    torch_dtype: Optional[Storage] = None
+    torch_dtype: Storage | None = None
 
 
 @dataclass
 class Bits:
-    torch_dtype: Optional[int] = None
+    torch_dtype: int | None = None
 
 
 @dataclass
