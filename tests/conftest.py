@@ -86,6 +86,12 @@ class Run:
         (config,) = self.configs
         return config
 
+    @property
+    def record(self) -> dict:
+        """What the policy recorded for the one job, as the job saw it."""
+        (record,) = (json.loads(text) for text in re.findall(r"^RECORD (.*)$", self.out, re.MULTILINE))
+        return record
+
 
 class App:
     """An application in a folder of its own.
@@ -177,18 +183,24 @@ def compose(tmp_path):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    def run(config: str, *overrides: str):
+    def run(config: str, *overrides: str, with_hydra: bool = False):
         (tmp_path / "config.yaml").write_text(config)
         with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
-            return hydra_compose("config", overrides=list(overrides))
+            return hydra_compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
     return run
 
 
 @pytest.fixture
-def decide(compose):
+def record(compose):
+    """What the policy records for a config under the Compose API."""
+    return lambda config, *overrides: compose(config, *overrides, with_hydra=True).hydra.precision_policy
+
+
+@pytest.fixture
+def decide(record):
     """The decision that the Compose API records for a config with the policy on."""
-    return lambda config, *overrides: compose(config, "+precision_policy=on", *overrides).precision_policy.decision
+    return lambda config, *overrides: record(config, "+precision_policy=on", *overrides).decision
 
 
 @pytest.fixture(scope="session")

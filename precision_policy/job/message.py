@@ -61,7 +61,7 @@ class Warning:
     nearly_nothing: bool
 
 
-def warning(optimizer: Optimizer, known: Known, low: Sequence[LowPrecision], plan: Plan, other_way: str | None) -> Warning:
+def warning(optimizer: Optimizer, known: Known, low: Sequence[LowPrecision], plan: Plan) -> Warning:
     """What is lost, the fix, then the table; the first line is short enough for a log viewer.
 
     Args:
@@ -69,7 +69,6 @@ def warning(optimizer: Optimizer, known: Known, low: Sequence[LowPrecision], pla
         known: what is known of it.
         low: its bf16 parameters.
         plan: the job's.
-        other_way: the line to paste for a compensating optimizer, or None.
     """
     shares = _shares(low, plan.sample) if known.known_size else None
     counted = _counted(low)
@@ -84,7 +83,7 @@ def warning(optimizer: Optimizer, known: Known, low: Sequence[LowPrecision], pla
     else:
         first = f"{name(optimizer)} over bf16 weights, no fp32 master copy: {_loses(known, shares)}"
         fix = f"{plan.fix}{_ACTIVATIONS}" if plan.compute_dtype is None else plan.fix
-        lines.append(f"or keep bf16 with a compensating optimizer: {_other_way(other_way, low)}")
+        lines.append(f"or keep bf16 with a compensating optimizer: {_other_way(low)}")
         lines.append(counted)
     lines += [*_table(shares), *filter(None, [_decay(optimizer, low), _cost(known, low)])]
     head = f"{plan.option}: {first}\n  fix: {fix}"
@@ -256,13 +255,12 @@ def _why_it_did_not_arrive(plan: Plan) -> str:
     """The likelier explanation first: a key that the policy added may have no reader; one that was there has one."""
     nobody = "nothing read the key, so set the dtype where the code reads it"
     recast = "something recast the model: look for .to(torch.bfloat16), .bfloat16() or a bf16-true precision setting"
-    named = f" (in the config: {plan.elsewhere})" if plan.elsewhere else ""
-    return f"{nobody}{named}; or {recast}" if plan.added else f"{recast}{named}"
+    return f"{nobody}; or {recast}" if plan.added else recast
 
 
-def _other_way(line: str | None, low: Sequence[LowPrecision]) -> str:
+def _other_way(low: Sequence[LowPrecision]) -> str:
     adds = _bytes(_KAHAN * sum(parameters.local(p).numel() for one in low for p in one.params))
-    return f"{line or 'torch-optimi, with Kahan summation'}  (adds {adds})"
+    return f"torch-optimi, with Kahan summation  (adds {adds})"
 
 
 def _counted(low: Sequence[LowPrecision]) -> str:

@@ -43,14 +43,12 @@ class Watch:
     Args:
         plan: what to look for and what to say.
         said: what was said already, by a watch that this one goes on for.
-        advise: finds the line to paste for a compensating optimizer, tried.
     """
 
-    def __init__(self, plan: Plan, said: Iterable[str] = (), advise: Callable[[Optimizer], str | None] | None = None) -> None:
+    def __init__(self, plan: Plan, said: Iterable[str] = ()) -> None:
         self.plan = plan
         self.said = set(said)
         self.armed = False
-        self._advise = advise
         self._lock = threading.Lock()
         # By number. One that is gone may leave it to another, which starts anew: see where an optimizer is constructed.
         self._before_first_step: set[int] = set()
@@ -166,20 +164,12 @@ class Watch:
         first, strict = self._first_time("warning"), self.plan.action == "error"
         if not (first or strict):
             return
-        warning = message.warning(optimizer, known, low, self.plan, self._other_way(optimizer))
+        warning = message.warning(optimizer, known, low, self.plan)
         if first:
             level = logging.ERROR if strict else logging.INFO if warning.nearly_nothing else logging.WARNING
             _LOG.log(level, warning.text)
         if strict:
             raise Bf16AdamError(f"{warning.short}{'; the schedule will get there' if warning.nearly_nothing else ''}")
-
-    def _other_way(self, optimizer: Optimizer) -> str | None:
-        if self._advise is None or self.plan.asked:
-            return None
-        try:
-            return self._advise(optimizer)
-        except Exception:  # whatever refuses it, the line is not one to show
-            return None
 
     def _confirm(self, optimizer: Optimizer, probe: compute_dtype.Probe) -> None:
         """Say what the weights are stored and computed in, and where that makes the run slow, how to mend it."""
