@@ -136,7 +136,7 @@ def _count(
         part = tensor.reshape(-1)[start : start + size]
         if tensor.dtype not in estimate.FORMATS:
             return "", tensor.dtype, estimate.Histogram(tensor.dtype, total=size)
-        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)[0]
+        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)
 
 
 @contextlib.contextmanager
