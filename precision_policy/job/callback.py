@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from precision_policy.job import plan, ranks
+from precision_policy.job import arming, ranks
+from precision_policy.record import NOT_FOUND, Decision, Record
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -50,12 +50,12 @@ class JobCallback(Callback):
                 "hydra-precision-policy does not know this version of Hydra.\n"
                 "Install a version that does, or switch the policy off (precision_policy=off)."
             )
-        todo = plan.read(node, _option(config))
-        if ranks.is_rank_zero():
-            for decision in plan.decisions(node):
-                level = logging.WARNING if plan.found_nothing(decision) else logging.INFO
-                _LOG.log(level, "%s: %s", todo.option, plan.line(decision))
-        self._stops = _arm(todo, functools.partial(self._compose, config))
+        option = _option(config)
+        record = Record.read({"master_weights": False, **node})
+        for decision in record.decisions:
+            if ranks.is_rank_zero():
+                _LOG.log(logging.WARNING if decision.rule in NOT_FOUND else logging.INFO, "%s: %s", option, _line(decision))
+        self._stops = [arming.arm(record, option).close]
         # Hydra 1.3 ends a job that KeyboardInterrupt stops without telling its callbacks.
         weakref.finalize(self, _call_all, self._stops)
 
@@ -64,24 +64,11 @@ class JobCallback(Callback):
         _call_all(self._stops)
 
 
-def _arm(todo: plan.Plan, compose: Callable[[list[str]], DictConfig]) -> list[Callable[[], None]]:
-    """Arm what the plan asks for; the result undoes it."""
-    stops: list[Callable[[], None]] = []
-    # Imported here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.
-    if todo.watches:
-        from precision_policy.job import compensating, spawned
-        from precision_policy.job.watch import Watch
-
-        watch = Watch(todo, advise=lambda optimizer: compensating.line(optimizer, todo.optimizer, compose))
-        watch.arm()
-        stops += [watch.disarm, spawned.follow(watch)]
-    if todo.monitor:
-        from precision_policy.job.monitor import Monitor
-
-        monitor = Monitor(todo.monitor, todo.option)
-        monitor.start()
-        stops.append(monitor.stop)
-    return stops
+def _line(decision: Decision) -> str:
+    if decision.rule != "set":
+        return f"nothing set ({decision.rule}): {decision.reason}"
+    before = "unset" if decision.before is None else decision.before
+    return f"{decision.key}: {before} -> {decision.after}: {decision.reason}"
 
 
 def _option(config: DictConfig) -> str:
