@@ -135,52 +135,6 @@ def confirmed(optimizer: Optimizer, plan: Plan, computed: str | None, supplier: 
     return f"{plan.option}: {_tensors(len(params))}, {_elements(params)}: stored in {stored}{compute}"
 
 
-def slow(plan: Plan, computed: str | None, device: str, device_type: str) -> str:
-    """The warning for fp32 weights that the policy asked for and that are computed in fp32 where bf16 would be fast.
-
-    Args:
-        plan: the job's.
-        computed: "fp32", "TF32", or None where the gradients did not tell and no autocast or mixed precision was seen.
-        device: the device's name.
-        device_type: its type, as ``torch.autocast`` takes it.
-    """
-    times = f"about {3 if computed == 'TF32' else 7} times slower than in bf16, on an H200"
-    if computed:
-        what = f"computed in {computed} on {device}: {times}"
-    else:
-        what = f"called under no autocast or mixed precision on {device}: {times}, unless the model turns autocast on inside"
-    return "\n".join(
-        [
-            f"{plan.option}: the fp32 weights are {what}",
-            "  fix: precision_policy.compute_dtype=bfloat16  (the option mixed does the same)",
-            '  or your framework\'s own: TrainingArguments(bf16=True), Lightning precision="bf16-mixed", accelerate '
-            f'mixed_precision="bf16", FSDP2 MixedPrecisionPolicy(param_dtype=torch.bfloat16), '
-            f'torch.autocast("{device_type}", torch.bfloat16)',
-            "  measured: a Llama of 1.10 B parameters, tokens/s: 6.4 thousand in fp32, 46.7 in bf16 by autocast",
-        ]
-    )
-
-
-def not_supplied(plan: Plan, computed: str, by: str | None) -> str:
-    """The warning for bf16 compute that was asked for and did not happen.
-
-    Args:
-        plan: the job's.
-        computed: what the weights are computed in.
-        by: the autocast that the model's call is under, or None where no call was seen.
-    """
-    if by:
-        why = f"the model is called under {by}, but turns it off inside, or does nothing that autocast casts"
-        fix = "look for autocast(enabled=False) in the model"
-    else:
-        why = "no module that owns them was called through its __call__"
-        fix = "call the model as model(...), or put torch.autocast around what computes with it"
-    return (
-        f"{plan.option}: compute_dtype={plan.compute_dtype} was asked for, but the weights are computed in {computed}: {why}\n"
-        f"  fix: {fix}"
-    )
-
-
 @dataclass(frozen=True)
 class _Row:
     """One kind of parameter: its elements, and the shares (0 to 1) that an update at lr and at a tenth of it cannot move."""

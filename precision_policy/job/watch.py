@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from precision_policy.estimate import parameters
-from precision_policy.job import compute_dtype, message, optimizers, ranks
+from precision_policy.job import compute, message, optimizers, ranks
 from precision_policy.job.plan import Plan
+from precision_policy.job.speaker import Speaker
 from precision_policy.job.wrapping import wrap
+from precision_policy.record import Decision, Record
 
 _LOG = logging.getLogger("precision_policy")
 
@@ -55,12 +56,9 @@ class Watch:
         # By number. One that is gone may leave it to another, which starts anew: see where an optimizer is constructed.
         self._before_first_step: set[int] = set()
         self._warned: set[int] = set()
-        self._probes: dict[int, compute_dtype.Probe] = {}
+        self._first_steps: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._confirmed: set[tuple[Any, ...]] = set()
-        self._supply = compute_dtype.Supply()
-        self._owners = compute_dtype.Owners(self._owner_found, self._guarded)
-        # Who supplies the compute dtype of a parameter whose module was called, until its optimizer steps.
-        self._suppliers: dict[int, tuple[str, str | None]] = {}
+        self._compute = compute.Compute(_record(plan), Speaker(said), plan.option)
         self._undo: list[Callable[[], None]] = []
 
     def arm(self) -> None:
@@ -68,7 +66,7 @@ class Watch:
         unwrap = wrap(Optimizer, "__init__", self._construct)
         before = register_optimizer_step_pre_hook(self._before_step)
         after = register_optimizer_step_post_hook(self._after_step)
-        self._undo = [self._supply.stop, self._owners.stop, self._close_probes, before.remove, after.remove, unwrap]
+        self._undo = [self._compute.end, before.remove, after.remove, unwrap]
         self.armed = True
 
     def _construct(self, init: Callable[..., None], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -81,10 +79,6 @@ class Watch:
         self.armed = False
         while self._undo:
             self._guarded(self._undo.pop())
-
-    def _close_probes(self) -> None:
-        while self._probes:
-            self._probes.popitem()[1].close()
 
     def _guarded(self, look: Callable[..., None], *args: Any) -> None:
         """A diagnosis must not end a job, except by the error that ``strict`` asks for."""
@@ -100,7 +94,8 @@ class Watch:
         self._before_first_step.add(id(optimizer))
         self._warned.discard(id(optimizer))
         if self.plan.confirms:
-            self._follow_compute(optimizer)
+            self._first_steps.add(optimizer)
+            self._compute.made(optimizer)
         known = optimizers.look_up(optimizer)
         if known is None or known.engine_owned or self.plan.action not in ("warn", "error"):
             return
@@ -111,31 +106,6 @@ class Watch:
         elif known.keeps(optimizer, torch.bfloat16) == "master":
             self._say_once("wasted", logging.INFO, lambda: message.wasted(optimizer, self.plan))
 
-    def _follow_compute(self, optimizer: Optimizer) -> None:
-        self._probes[id(optimizer)] = compute_dtype.Probe(optimizer)
-        # Reading every dtype costs a tenth of the construction, so not without need. The first parameter tells of shards.
-        sharded = compute_dtype.is_sharded(optimizer.param_groups[0]["params"][:1])
-        asks_whose = sharded or self.plan.leaves_some_alone or self.plan.compute_dtype is not None
-        if asks_whose or self._suppliers:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            for p in params:
-                self._suppliers.pop(id(p), None)
-            if asks_whose:
-                self._owners.follow(parameters.trainable(params, (torch.float32,)))
-
-    def _owner_found(self, module: nn.Module, params: list[nn.Parameter]) -> None:
-        if params[0].dtype is not torch.float32:  # an engine has recast the module since
-            return
-        device_type = params[0].device.type
-        supplier = compute_dtype.supplier(module, device_type)
-        if self.plan.leaves_some_alone and any(not p.requires_grad for p in module.parameters()):
-            supplier = supplier or (compute_dtype.LEFT_ALONE, None)
-        elif self.plan.compute_dtype is not None and (supplier is None or supplier[1] is None):
-            supplier = supplier or ("autocast that the policy supplies", None)
-            for one in compute_dtype.with_what_it_wraps(module):
-                self._supply.to(one, device_type)
-        self._suppliers.update(dict.fromkeys(map(id, params), supplier or (compute_dtype.NOBODY, None)))
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in self._before_first_step:
             self._before_first_step.discard(id(optimizer))
@@ -143,8 +113,9 @@ class Watch:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # After and not before: a closure, as Lightning passes one, computes the first gradients within the step.
-        if id(optimizer) in self._probes:
-            self._guarded(self._confirm, optimizer, self._probes.pop(id(optimizer)))
+        if optimizer in self._first_steps:
+            self._first_steps.discard(optimizer)
+            self._guarded(self._confirm, optimizer)
 
     def _at_first_step(self, optimizer: Optimizer) -> None:
         """Parameters may have been added, recast, or swapped for fp32 copies by an engine since construction."""
@@ -181,42 +152,17 @@ class Watch:
         except Exception:  # whatever refuses it, the line is not one to show
             return None
 
-    def _confirm(self, optimizer: Optimizer, probe: compute_dtype.Probe) -> None:
-        """Say what the weights are stored and computed in, and where that makes the run slow, how to mend it."""
+    def _confirm(self, optimizer: Optimizer) -> None:
+        """Say what the weights are stored and computed in."""
+        computed = self._compute.answer(optimizer)
+        self._compute.stepped(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        seen = probe.read()
-        by, says = self._supplier_of(optimizer)
-        # These were trained without a call of a module that owns them: to wait for one would slow each call of any module.
-        self._owners.forget(p for p in params if p.grad is not None)
         if not any(p.dtype is torch.float32 for p in params) or not ranks.is_rank_zero():
             return
-        device = params[0].device
-        computed = compute_dtype.fp32_or_tf32(says or seen, device)
-        in_fp32 = computed in ("fp32", "TF32")
-        # Where the gradients do not tell, that nobody was seen to supply 16 bits is worth saying; else it means nothing.
-        nobody = by == compute_dtype.NOBODY
-        by_whom = None if in_fp32 or (nobody and computed) else by
-        signature = (frozenset(p.dtype for p in params), computed, by_whom)
+        signature = (frozenset(p.dtype for p in params), computed)
         if signature not in self._confirmed:
             self._confirmed.add(signature)
-            _LOG.info(message.confirmed(optimizer, self.plan, computed, by_whom))
-        if by != compute_dtype.LEFT_ALONE and (in_fp32 or (nobody and computed is None)):
-            self._say_what_it_costs(computed, device, by)
-
-    def _supplier_of(self, optimizer: Optimizer) -> tuple[str | None, str | None]:
-        """Who supplies the compute dtype of an optimizer's parameters, and what that is where it says so."""
-        every = [self._suppliers.pop(id(p), None) for group in optimizer.param_groups for p in group["params"]]
-        found = dict.fromkeys(one for one in every if one is not None)
-        says = {dtype for _, dtype in found}
-        return " and ".join(name for name, _ in found) or None, says.pop() if len(says) == 1 else None
-
-    def _say_what_it_costs(self, computed: str | None, device: torch.device, by: str | None) -> None:
-        if self.plan.compute_dtype is not None and computed is not None:
-            self._say_once("not supplied", logging.WARNING, lambda: message.not_supplied(self.plan, computed, by))
-        elif self.plan.set_over_checkpoint:
-            name = compute_dtype.bf16_device(device)
-            if name is not None:
-                self._say_once("slow", logging.WARNING, lambda: message.slow(self.plan, computed, name, device.type))
+            _LOG.info(message.confirmed(optimizer, self.plan, computed.dtype, computed.by))
 
     def _first_time(self, what: str) -> bool:
         """Whether this is to be said: once per job, on rank zero."""
@@ -245,3 +191,10 @@ def _some(params: list[torch.Tensor]) -> list[torch.Tensor]:
     # Two strides without a common factor: layers repeat, and one stride alone could meet nothing but their biases.
     stride = 2 * len(params) // _LOOKS_AT
     return params[::stride] + params[1 :: stride + 1]
+
+
+def _record(plan: Plan) -> Record:
+    """What the plan says, as the record that it will be replaced by."""
+    rules: list[Any] = ["set", "peft"] if plan.leaves_some_alone else ["set"]
+    decisions = tuple(Decision(rule, None, None, None, "", loads_checkpoint_dtype=plan.set_over_checkpoint) for rule in rules)
+    return Record(True, False, plan.compute_dtype, "warn", plan.sample, plan.monitor, decisions)
