@@ -191,6 +191,8 @@ class Autocast:
         present = module.__dict__.get(_SLOT)
         if isinstance(present, Call):
             present.supplies |= supplies
+            if supplies:
+                self._make_visible(type(module))
             return present
         call = self._calls[module] = Call(module, present, device_type, supplies, notes)
         # Not by setattr: torch.compile's wrapper would hand it on to the module inside, where it would be traced.
@@ -199,7 +201,27 @@ class Autocast:
             self._undo.append(wrap(nn.Module, "compile", _compile))
             self._undo.append(wrap(nn.Module, "_replicate_for_data_parallel", _replicate))
             self._undo.append(wrap(torch.jit._trace, "_check_trace", _check_trace))  # type: ignore[arg-type]  # a module, whose functions are wrapped as well
+        if supplies:
+            self._make_visible(type(module))
         return call
+
+    def _make_visible(self, kind: type[nn.Module]) -> None:
+        """Let torch.compile see the slots of a class's modules, in functions that call them.
+
+        Where a class has torch's own ``__call__``, it traces ``forward`` at once.
+        """
+        if kind.__call__ is nn.Module.__call__:
+            kind.__call__ = _call_as_ever  # type: ignore[method-assign]  # taken away in the end
+            self._undo.append(functools.partial(_take_call_away, kind))
+
+
+def _call_as_ever(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return nn.Module.__call__(module, *args, **kwargs)
+
+
+def _take_call_away(kind: type[nn.Module]) -> None:
+    if kind.__dict__.get("__call__") is _call_as_ever:
+        del kind.__call__
 
 
 def _compile(original: Callable[..., None], module: nn.Module, *args: Any, **kwargs: Any) -> None:
