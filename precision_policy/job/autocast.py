@@ -135,11 +135,16 @@ def in_fp32(output: Any) -> Any:
     """
     if isinstance(output, torch.Tensor):
         return _widened(output)
-    leaves, structure = pytree.tree_flatten(output)
+    leaves, structure = pytree.tree_flatten(output, is_leaf=_may_have_a_constructor)
     widened = [_widened(leaf) for leaf in leaves]
     if all(old is new for old, new in zip(leaves, widened, strict=True)):
         return output
     return pytree.tree_unflatten(widened, structure)
+
+
+def _may_have_a_constructor(node: Any) -> bool:
+    """Whether it is a tuple of a class that derives from a named one: pytree would call that class with the fields."""
+    return isinstance(node, tuple) and hasattr(node, "_fields") and tuple not in type(node).__bases__
 
 
 def _widened(leaf: Any) -> Any:

@@ -16,6 +16,7 @@ from networks import (
     batch,
     is_in_fp32,
     network,
+    of_number,
     record,
     train,
     under_own_autocast,
@@ -459,8 +460,6 @@ class TestSeveral:
             assert not is_in_fp32(later(batch()))
 
     def test_who_supplied_what_is_gone_is_not_said_of_what_has_its_number(self, warned):
-        from test_owners import of_number
-
         with watching() as seen:
             model = network()
             optimizer = adamw(model)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from networks import adamw, batch, network
+from networks import adamw, batch, network, of_number
 from torch import nn
 from torch.nn.utils import stateless
 
@@ -117,15 +117,6 @@ def test_parameters_that_join_before_the_first_call_are_looked_for():
         second(batch())
         first(batch())
     assert seen == [second, first]
-
-
-def of_number(number, make):
-    """An object with the number that another one left."""
-    made = []
-    while not made or id(made[-1]) != number:
-        made.append(make())
-        assert len(made) < 10_000
-    return made[-1]
 
 
 def test_the_number_of_a_parameter_that_is_gone_is_not_mistaken_for_it():

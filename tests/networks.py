@@ -84,3 +84,12 @@ def under_own_autocast(model, cache_enabled=None):
 def is_in_fp32(output):
     """Whether an output was computed in fp32: rounding it to bf16 changes it."""
     return not torch.equal(output, output.bfloat16().float())
+
+
+def of_number(number, make):
+    """An object with the number that another one left."""
+    made = []
+    while not made or id(made[-1]) != number:
+        made.append(make())
+        assert len(made) < 10_000
+    return made[-1]
