@@ -16,6 +16,23 @@ from precision_policy.job.autocast import in_fp32
 pytestmark = pytest.mark.once
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """What the libraries keep for the process, they keep for no other test."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+
 class Regression(nn.Module):
     """Nothing that autocast casts; accelerate trains it to see that mixed precision leaves such a model alone."""
 
@@ -377,12 +394,3 @@ class TestLightning:
             assert losses("bf16-mixed") == expected
         with watching():
             assert losses("32-true") == expected
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
