@@ -168,7 +168,7 @@ class Settings:
         lambda value: value is None or _is_count(value, 1),
         "Use a number of elements, or null for the default.",
         "how many weights the warning's numbers are read from",
-        shown="2^26 on a CPU, all on a GPU",
+        shown="2^26",
     )
     monitor: Mapping[str, int] = _setting(
         {"every": 0},

@@ -60,7 +60,9 @@ def test_the_order_of_the_rules(decide):
     assert decide(parts["no_model"] + parts["no_optimizer"]).rule == "no_model"
     assert decide(explicit + parts["no_optimizer"]).rule == "no_optimizer"
     assert decide(explicit + parts["not_torch_optim"]).rule == "not_torch_optim"
-    assert decide("model: {torch_dtype: bfloat16, dtype: null}\n" + ADAMW, "precision_policy.write=false").rule == "explicit_dtype"
+    assert (
+        decide("model: {torch_dtype: bfloat16, dtype: null}\n" + ADAMW, "precision_policy.write=false").rule == "explicit_dtype"
+    )
     assert decide("model: {}\n" + ADAMW, "precision_policy.write=false").rule == "no_dtype_key"
     assert decide(AUTO + ADAMW, "precision_policy.write=false").rule == "warn_only"
 
@@ -69,7 +71,10 @@ def test_the_order_of_the_rules(decide):
     ("config", "reason"),
     [
         (ADAMW, "the config has no node `model`; the optimizer that the job builds is watched"),
-        (AUTO, "the config has no optimizer at `optimizer`; the optimizer that the job builds is watched (fp32 storage all the same: model.torch_dtype=float32)"),
+        (
+            AUTO,
+            "the config has no optimizer at `optimizer`; the optimizer that the job builds is watched (fp32 storage all the same: model.torch_dtype=float32)",
+        ),
         (
             f"model: {{size: 1}}\n{ADAMW}",
             "model has no dtype key, and its target is not known to read one (if it reads one, name the key: "

@@ -87,7 +87,7 @@ def test_a_wrong_setting_ends_in_a_message(application):
 def test_a_setting_that_leads_nowhere(compose):
     from hydra.errors import ConfigCompositionException
 
-    with pytest.raises(ConfigCompositionException, match="precision_policy.model=.*nowhere.*cannot be resolved"):
+    with pytest.raises(ConfigCompositionException, match=r"precision_policy.model=.*nowhere.*cannot be resolved"):
         compose(CONFIG + "precision_policy: {model: '${nowhere}'}", "+precision_policy=on")
 
 
