@@ -53,7 +53,7 @@ def losing(option: str, record: Record, holding: Holding, several: bool) -> Told
         ]
         costs += _cost_of_master_weights(holding.cost)
     asked = asked_for_fp32(record)
-    fixes = [] if asked else [decision.fix for decision in record.decisions if decision.fix]
+    fixes = [] if asked else list(dict.fromkeys(decision.fix for decision in record.decisions if decision.fix))
     if fixes:
         head += ["  or, to store the model in fp32:" if holding.served else "  fix, to store the model in fp32:"]
         head += [f"    {fix}" for fix in fixes]
@@ -64,7 +64,7 @@ def losing(option: str, record: Record, holding: Holding, several: bool) -> Told
     if several:
         head += [f"  {_PAIRS}"]
     elif asked:
-        head += [f"  if these are the weights that {asked} is about: {_why_it_did_not_arrive(record)}", f"  {_PAIRS}"]
+        head += [f"  if these weights are meant by {asked}: {_why_it_did_not_arrive(record)}", f"  {_PAIRS}"]
     figures = [f"  {_stored(holding.amount)}", *_table(holding.loss), *_decay(holding.decay)]
     return Told("\n".join(head + costs + figures), "\n".join(head))
 

@@ -288,7 +288,7 @@ def test_asked_for_and_not_arrived(arm, said):
     optimizer = torch.optim.AdamW(linear().named_parameters(), lr=1e-5)
     (text,) = said()
     assert "asked for fp32" not in text
-    assert "if these are the weights that model.dtype=float32 is about: something recast the model" in text
+    assert "if these weights are meant by model.dtype=float32: something recast the model" in text
     step(optimizer)
     assert len(said()) == 1
     assert said("INFO")[0] == (
