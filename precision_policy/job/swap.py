@@ -40,22 +40,22 @@ def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> No
     for member, leaf in zip(piece.members, piece.leaves, strict=True):
         by_group.setdefault(member.group, []).extend([leaf] * member.times)
     groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in by_group.items()]
-    entries = [_entry_for_leaf(optimizer, member, kind) for member in piece.members]
+    entries = [entry_for_leaf(optimizer, member, kind) for member in piece.members]
     state = defaultdict(dict, zip(piece.leaves, entries, strict=True))
-    kept = [_kept_of(optimizer, member) for member in piece.members]
+    kept = [kept_of(optimizer, member) for member in piece.members]
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
         _make_step(optimizer, step, [piece], groups, state, kept)
     _write([piece], kept)
     for member, entry, (_, own) in zip(piece.members, entries, kept, strict=True):
-        _put_back(optimizer, member, kind, entry, own)
+        put_back(optimizer, member, kind, entry, own)
 
 
 def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Piece]) -> None:
     """Step a parameter that is larger than a piece, one part after the other, as if it were stepped once."""
     member = parts[0].members[0]
     group = optimizer.param_groups[member.group]
-    entry = _entry_for_leaf(optimizer, member, kind)
-    kept = [_kept_of(optimizer, member)]
+    entry = entry_for_leaf(optimizer, member, kind)
+    kept = [kept_of(optimizer, member)]
     made: Entry = {}
 
     def step_part(part: Piece) -> None:
@@ -84,7 +84,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
                 raise
             failure = error
             step_part(part)
-    _put_back(optimizer, member, kind, {**entry, **made}, kept[0][1])
+    put_back(optimizer, member, kind, {**entry, **made}, kept[0][1])
     if failure is not None:
         raise failure
 
@@ -101,18 +101,18 @@ def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piec
     for group in optimizer.param_groups:
         params = [leaf_of.get(id(param), param) for param in group["params"]]
         groups.append({**group, "params": params})
-    entries = [_entry_for_leaf(optimizer, member, kind) for member in members]
+    entries = [entry_for_leaf(optimizer, member, kind) for member in members]
     state: defaultdict[Any, Any] = defaultdict(dict, optimizer.state)
     for member in members:
         state.pop(member.param, None)
     others = set(state)
     state.update(zip(leaves, entries, strict=True))
-    kept = [_kept_of(optimizer, member) for member in members]
+    kept = [kept_of(optimizer, member) for member in members]
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
         _make_step(optimizer, step, pieces, groups, state, kept)
     _write(pieces, kept)
     for member, leaf, (_, own) in zip(members, leaves, kept, strict=True):
-        _put_back(optimizer, member, kind, state.pop(leaf, {}), own)
+        put_back(optimizer, member, kind, state.pop(leaf, {}), own)
     for key in others - set(state):
         optimizer.state.pop(key, None)
     optimizer.state.update(state)
@@ -136,8 +136,10 @@ def _make_step(
         start += len(piece.members)
     with _standing_in(optimizer, groups, state):
         step(optimizer)
+    start = 0
     for piece in pieces:
-        piece.round_off()
+        piece.round_off([own for _, own in kept[start : start + len(piece.members)]])
+        start += len(piece.members)
 
 
 def _write(pieces: Sequence[Piece], kept: Sequence[_Own]) -> None:
@@ -191,7 +193,7 @@ def _changed_by_step(groups: Iterable[Entry], kind: Kind, entries: Iterable[Entr
     return changed
 
 
-def _entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:
+def entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:
     """A parameter's state as its leaf has it: in fp32, and this rank's part alone where each element is stepped by itself."""
     entry = dict(optimizer.state.get(member.param, ()))
     entry.pop(LOW_BITS, None)
@@ -238,7 +240,7 @@ def low_and_whole(optimizer: Optimizer, member: Member) -> tuple[torch.Tensor | 
     return low, whole
 
 
-def _kept_of(optimizer: Optimizer, member: Member) -> _Own:
+def kept_of(optimizer: Optimizer, member: Member) -> _Own:
     """What a member is joined with, and where to write what is kept of it: new memory where its state has none that fits."""
     low, whole = low_and_whole(optimizer, member)
     if not member.keeps_whole:
@@ -256,7 +258,7 @@ def _fitting(value: Any, member: Member, dtype: torch.dtype) -> torch.Tensor | N
     return member.lay(value, dtype)
 
 
-def _put_back(optimizer: Optimizer, member: Member, kind: Kind, made: Entry, own: torch.Tensor) -> None:
+def put_back(optimizer: Optimizer, member: Member, kind: Kind, made: Entry, own: torch.Tensor) -> None:
     """Make what the step made the parameter's state."""
     entry = optimizer.state.get(member.param)
     if entry is None:
