@@ -185,7 +185,7 @@ class Confirmation(Listener):
             part = Part(note.stored, note.updated, words.computed_in(computed.dtype, computed.by))
             parts.setdefault(part, Sum()).add(note.its)
         remark = ""
-        if self._masters is not None and not any(part.stored == "bf16" for part in parts):
+        if self._masters is not None and not any(part.stored == "bf16" for part in [*parts, *self._told]):
             remark = words.NOTHING_IN_BF16
         if not parts.keys() <= self._told:
             text = words.confirmed(self._option, parts, self._optimizers, self._frozen, remark)

@@ -250,6 +250,15 @@ def test_master_weights_and_nothing_in_bf16(arm, confirmed, masters):
     ]
 
 
+def test_master_weights_and_nothing_in_bf16_in_a_later_optimizer(arm, confirmed, masters):
+    """Of the job, that is not true."""
+    masters.kept = lambda optimizer: Kept(1, 16, 96)
+    arm(MASTERS)
+    step(torch.optim.SGD(weights(), lr=1e-5))
+    step(torch.optim.SGD(weights(torch.float32), lr=1e-5))
+    assert confirmed()[1:] == ["1 trainable tensor, 16 elements: stored in fp32, updated in fp32"]
+
+
 def test_master_weights_and_fp16(arm, confirmed, masters):
     masters.kept = lambda optimizer: Kept(0, 0, 0, {"fp16 needs loss scaling as well": 1})
     arm(MASTERS)
