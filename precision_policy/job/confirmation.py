@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from precision_policy.estimate import parameters
 from precision_policy.job import holdings, optimizers, ranks, words
+from precision_policy.job.compute import Computed
 from precision_policy.job.events import Listener
 from precision_policy.job.holdings import Amount
 from precision_policy.job.speaker import Speaker
@@ -26,7 +27,7 @@ from precision_policy.job.words import Part, Sum
 if TYPE_CHECKING:
     from torch import nn
 
-    from precision_policy.job.compute import Compute, Computed
+    from precision_policy.job.compute import Compute
     from precision_policy.job.master_weights import MasterWeights
 
 
@@ -104,18 +105,21 @@ class Confirmation(Listener):
 
     def _note(self, optimizer: Optimizer) -> None:
         """Add what one optimizer trains, and what is frozen beside it in the modules that were called."""
-        params = [p for p in holdings.trained(optimizer) if id(p) not in self._counted]
+        trained = holdings.trained(optimizer)
+        params = [p for p in trained if id(p) not in self._counted]
         if not params:
             return
+        is_rest = len(params) < len(trained)
         self._optimizers += 1
         self._counted.update(map(id, params))
-        answer = self._compute.answer(optimizer)
+        answer = self._compute.answer(optimizer)  # about what is stored in fp32
         modules = self._compute.modules(optimizer)
         for dtype in dict.fromkeys(p.dtype for p in params):
             of_dtype = [p for p in params if p.dtype is dtype]
             stored = words.ENGINES_COPIES if self._is_swapped(optimizer, dtype) else parameters.short_name(dtype)
-            for updated, its in self._updated(optimizer, dtype, of_dtype):
-                self._notes.append(_Note(stored, updated, answer, set(map(id, modules)), its))
+            computed = answer if dtype is torch.float32 else Computed(None, None)
+            for updated, its in self._updated(optimizer, dtype, of_dtype, is_rest):
+                self._notes.append(_Note(stored, updated, computed, set(map(id, modules)), its))
         self._note_frozen(optimizer, modules)
 
     def _note_frozen(self, optimizer: Optimizer, modules: list[nn.Module]) -> None:
@@ -135,8 +139,17 @@ class Confirmation(Listener):
         first = self._first_param.get(optimizer)
         return dtype is torch.float32 and first is not None and first != _first_param(optimizer)
 
-    def _updated(self, optimizer: Optimizer, dtype: torch.dtype, params: list[torch.Tensor]) -> Iterator[tuple[str, Sum]]:
-        """What parameters of one dtype are updated in, in words, and how many of them: told from what the step did."""
+    def _updated(
+        self, optimizer: Optimizer, dtype: torch.dtype, params: list[torch.Tensor], is_rest: bool
+    ) -> Iterator[tuple[str, Sum]]:
+        """What parameters are updated in, in words, and how many of them: told from what the step did.
+
+        Args:
+            optimizer: the optimizer.
+            dtype: the dtype of all the parameters.
+            params: the parameters.
+            is_rest: whether another optimizer, inside this one, was noted for the others.
+        """
         whole = holdings.amount(params)
         own = _own_update(optimizer, dtype)
         if self._masters is None or dtype not in (torch.bfloat16, torch.float16):
@@ -145,6 +158,10 @@ class Confirmation(Listener):
         kept = self._masters.kept(optimizer)
         if kept is None:
             yield own, Sum(whole, reasons=Counter({words.NOT_BY_TORCH: len(params)}))
+            return
+        if is_rest and kept.tensors and not kept.refused:
+            # ZeroRedundancyOptimizer is told what the optimizer inside it did. The rest is updated on other ranks.
+            yield words.UPDATED_BY_MASTER_WEIGHTS, Sum(whole)
             return
         kept_tensors = kept.tensors if dtype is torch.bfloat16 else 0
         if kept_tensors:
@@ -168,7 +185,7 @@ class Confirmation(Listener):
             part = Part(note.stored, note.updated, words.computed_in(computed.dtype, computed.by))
             parts.setdefault(part, Sum()).add(note.its)
         remark = ""
-        if self._masters is not None and not any(part.stored == "bf16" for part in parts):
+        if self._masters is not None and not any(part.stored == "bf16" for part in [*parts, *self._told]):
             remark = words.NOTHING_IN_BF16
         if not parts.keys() <= self._told:
             text = words.confirmed(self._option, parts, self._optimizers, self._frozen, remark)

@@ -17,7 +17,8 @@ from precision_policy.job.events import Listener
 from precision_policy.job.speaker import Speaker
 
 _PER_GROUP: Final = 2**16  # elements
-_LOW_BITS: Final = "master_low_bits"  # the key of an optimizer's state under which a parameter's low bits are kept
+# The keys of an optimizer's state under which master weights are kept: the low bits, or under FSDP1 whole copies in fp32.
+_KEYS: Final = ("master_low_bits", "master_param")
 _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,11 +28,11 @@ class _Sample:
 
     Attributes:
         bits: of the weights.
-        low_bits: of what master weights keep beside them, or None where there is nothing.
+        masters: of what is kept beside them for master weights, or None where there is nothing.
     """
 
     bits: list[torch.Tensor] = field(default_factory=list)
-    low_bits: list[torch.Tensor | None] = field(default_factory=list)
+    masters: list[torch.Tensor | None] = field(default_factory=list)
 
 
 class Monitor(Listener):
@@ -78,19 +79,18 @@ class Monitor(Listener):
 
     def _compare(self, optimizer: Optimizer, before: _Sample, after: _Sample) -> None:
         total, same = 0, 0
-        for old, old_low, new, new_low in zip(before.bits, before.low_bits, after.bits, after.low_bits, strict=True):
+        for old, old_master, new, new_master in zip(before.bits, before.masters, after.bits, after.masters, strict=True):
             is_same = old == new
-            if new_low is not None:
-                # Before the first step there are none, which means zeros.
-                is_same &= new_low == (0 if old_low is None else old_low)
+            if new_master is not None:
+                is_same &= new_master == (_initial(old, new_master.dtype) if old_master is None else old_master)
             total += old.numel()
             same += int(is_same.sum())
         if not total:
             return
         rates = ", ".join(sorted({f"{histogram.as_float(group.get('lr')):g}" for group in optimizer.param_groups}))
-        has_low_bits = any(low is not None for low in after.low_bits)
+        has_masters = any(master is not None for master in after.masters)
         name, step = optimizers.name(optimizer), self._steps[optimizer]
-        text = words.monitored(self._option, name, step, same, total, rates, has_low_bits)
+        text = words.monitored(self._option, name, step, same, total, rates, has_masters)
         self._speaker.say(logging.INFO, text)
 
     def _fail(self) -> None:
@@ -100,8 +100,8 @@ class Monitor(Listener):
 
 
 def _copy(sample: _Sample) -> _Sample:
-    low_bits = [None if low is None else low.clone() for low in sample.low_bits]
-    return _Sample([bits.clone() for bits in sample.bits], low_bits)
+    masters = [None if master is None else master.clone() for master in sample.masters]
+    return _Sample([bits.clone() for bits in sample.bits], masters)
 
 
 @torch.no_grad()
@@ -113,29 +113,34 @@ def _sample(optimizer: Optimizer, groups: list[list[torch.Tensor]]) -> _Sample:
         stride = parameters.stride_for(sum(parameters.local(p).numel() for p in readable), _PER_GROUP)
         spread = parameters.EvenSample(stride)
         for param in readable:
-            spread_again = copy.copy(spread)  # takes the low bits at the same places
+            spread_again = copy.copy(spread)  # takes what is kept beside at the same places
             try:
                 views = spread.of(_bits(param))
             except (RuntimeError, NotImplementedError, TypeError, AttributeError):  # a tensor subclass may refuse in any way
                 continue
-            low_bits = _kept_low_bits(optimizer, param)
+            master = _kept(optimizer, param)
             sample.bits += views
-            sample.low_bits += [None] * len(views) if low_bits is None else spread_again.of(low_bits)
+            sample.masters += [None] * len(views) if master is None else spread_again.of(master)
     return sample
 
 
-def _bits(param: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a parameter as integers, so that a NaN equals itself."""
-    weights = parameters.local(param.detach())
-    return weights.view(_INTEGERS[weights.element_size()])
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor as integers, so that a NaN equals itself."""
+    part = parameters.local(tensor.detach())
+    return part.view(_INTEGERS[part.element_size()])
 
 
-def _kept_low_bits(optimizer: Optimizer, param: torch.Tensor) -> torch.Tensor | None:
-    """The low bits that master weights keep of a parameter, as integers; None where there are none of its layout."""
-    kept = optimizer.state.get(param, {}).get(_LOW_BITS)
-    if kept is None:
-        return None
-    low_bits, weights = parameters.local(kept), parameters.local(param)
-    if low_bits.shape != weights.shape or low_bits.stride() != weights.stride():
-        return None
-    return low_bits.detach().view(torch.int16)
+def _kept(optimizer: Optimizer, param: torch.Tensor) -> torch.Tensor | None:
+    """The bits of what is kept beside a parameter for master weights; None where there is nothing of its layout."""
+    state = optimizer.state.get(param, {})
+    for key in _KEYS:
+        if key in state:
+            bits, weights = _bits(state[key]), parameters.local(param)
+            if bits.shape == weights.shape and bits.stride() == weights.stride():
+                return bits
+    return None
+
+
+def _initial(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What would have been kept beside bf16 weights before there was anything: no low bits, or the same number in fp32."""
+    return torch.zeros_like(bits) if dtype is torch.int16 else bits.to(torch.int32) << 16

@@ -87,7 +87,7 @@ def test_an_explicit_on_that_does_nothing(app):
     )
     assert run.log.startswith("WARNING precision_policy=on: nothing set (no_model)")
     assert "add: precision_policy.model=net" in run.log.splitlines()[0]
-    assert "fix: precision_policy.model=net" in run.out
+    assert "\n    precision_policy.model=net\n" in run.out
     for arguments in (["+peft=true"], ["model.torch_dtype=float32"], ["optimizer._target_=optimi.AdamW"]):
         assert app(folder=arguments[0].replace(".", "").replace("=", ""))(
             "+precision_policy=on", *arguments, status=None

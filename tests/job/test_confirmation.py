@@ -209,6 +209,37 @@ def test_master_weights_of_several_optimizers(arm, confirmed, masters):
     ]
 
 
+def test_master_weights_beside_fp32(arm, confirmed, masters):
+    masters.kept = lambda optimizer: Kept(1, 16, 96)
+    arm(MASTERS)
+    step(torch.optim.SGD([*weights(), *weights(torch.float32)], lr=1e-5))
+    assert confirmed() == [
+        "2 trainable tensors, 32 elements: "
+        "1 tensor (16 elements) stored in bf16, updated in fp32 by master weights that the policy keeps (adds 96 B per rank); "
+        "1 tensor (16 elements) stored in fp32, updated in fp32"
+    ]
+
+
+def test_master_weights_of_an_optimizer_around_another(arm, confirmed, masters):
+    """As ZeroRedundancyOptimizer is: the inner one has this rank's part, and what it adds counts once."""
+
+    class Around(torch.optim.Optimizer):
+        def __init__(self, params):
+            self.inner = torch.optim.SGD(params[:1], lr=1e-5)
+            super().__init__(params, {"lr": 1e-5})
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    masters.kept = lambda optimizer: Kept(1, 16, 96)
+    arm(MASTERS)
+    step(Around(weights(count=3)))
+    assert confirmed() == [
+        "3 trainable tensors, 48 elements in 2 optimizers: stored in bf16, updated in fp32 by master weights that the policy keeps "
+        "(adds 96 B per rank)"
+    ]
+
+
 def test_master_weights_and_nothing_in_bf16(arm, confirmed, masters):
     masters.kept = lambda optimizer: Kept(0, 0, 0)
     arm(MASTERS)
@@ -217,6 +248,15 @@ def test_master_weights_and_nothing_in_bf16(arm, confirmed, masters):
         "1 trainable tensor, 16 elements: stored in fp32, updated in fp32; "
         "no master weights are kept, as nothing trainable is stored in bf16"
     ]
+
+
+def test_master_weights_and_nothing_in_bf16_in_a_later_optimizer(arm, confirmed, masters):
+    """Of the job, that is not true."""
+    masters.kept = lambda optimizer: Kept(1, 16, 96)
+    arm(MASTERS)
+    step(torch.optim.SGD(weights(), lr=1e-5))
+    step(torch.optim.SGD(weights(torch.float32), lr=1e-5))
+    assert confirmed()[1:] == ["1 trainable tensor, 16 elements: stored in fp32, updated in fp32"]
 
 
 def test_master_weights_and_fp16(arm, confirmed, masters):

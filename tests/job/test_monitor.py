@@ -135,6 +135,24 @@ def test_low_bits_that_moved_are_a_move(monitored, transposed):
     ] * 2
 
 
+class KeepsCopies(torch.optim.SGD):
+    """Keeps whole copies in fp32, as the master weights do under FSDP1, and moves the first of 16 rows."""
+
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            copy = self.state[param].setdefault("master_param", param.detach().float())
+            copy[0] *= 1 + 1e-6
+
+
+@pytest.mark.once
+def test_whole_copies_that_moved_are_a_move(monitored):
+    """The first of them are compared with the weights that they were made of, negative ones among these."""
+    optimizer = KeepsCopies([normal(16, 8)], lr=1.0)
+    optimizer.step()
+    optimizer.step()
+    assert [line.split(": ")[2].split("%")[0] for line in monitored()] == ["93.8"] * 2
+
+
 @pytest.mark.once
 def test_low_bits_of_a_sample_are_those_of_its_weights(monitored, monkeypatch):
     """Of two tensors with a stride of 3, where only the first row of each moved."""
