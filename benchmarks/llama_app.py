@@ -3,6 +3,7 @@
 Prints one line ``RESULT {...}`` on rank zero: tokens per second, peak memory, the losses.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -27,6 +28,7 @@ CONFIG = {
     "checkpointing": False,
     "compile": "none",
     "autocast": False,
+    "autocast_cache": True,
     "parallel": "none",
 }
 ConfigStore.instance().store("llama", CONFIG)
@@ -96,7 +98,8 @@ def main(cfg: DictConfig) -> None:
     tokens = text(2_000_000 if cuda else 100_000)
     cut = len(tokens) // 10
     held_out, training = batches(tokens[:cut], cfg, 0, device), batches(tokens[cut:], cfg, rank, device)
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if cfg.autocast else nullcontext
+    own = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=cfg.autocast_cache)
+    autocast = own if cfg.autocast else nullcontext
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         with autocast():
