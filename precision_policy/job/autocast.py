@@ -135,10 +135,11 @@ def in_fp32(output: Any) -> Any:
     """
     if isinstance(output, torch.Tensor):
         return _widened(output)
-    leaves, structure = pytree.tree_flatten(output, is_leaf=_may_have_a_constructor)
+    leaves = pytree.tree_leaves(output, is_leaf=_may_have_a_constructor)
     widened = [_widened(leaf) for leaf in leaves]
     if all(old is new for old, new in zip(leaves, widened, strict=True)):
         return output
+    structure = pytree.tree_structure(output, is_leaf=_may_have_a_constructor)  # only now: it costs as much as autocast
     return pytree.tree_unflatten(widened, structure)
 
 
