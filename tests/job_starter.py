@@ -10,14 +10,15 @@ import gc
 import importlib
 import importlib.util
 import json
+import multiprocessing.process
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import types
 from pathlib import Path
 
 
@@ -76,6 +77,15 @@ def wait_for(child, end):
     return None
 
 
+def run_as_main(path):
+    """Run a file as the module ``__main__``, so that processes which the job starts find it as well."""
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()
+    main_module = types.ModuleType("__main__")
+    main_module.__file__ = str(path)
+    sys.modules["__main__"] = main_module
+    exec(compile(path.read_bytes(), path, "exec"), main_module.__dict__)
+
+
 def become(job, number):
     """Be one process of the job: what an interpreter does that was started with the program's name."""
     environment = job["environments"][number]
@@ -95,7 +105,7 @@ def become(job, number):
     sys.path[1:1] = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     status = 0
     try:
-        runpy.run_path(job["program"], run_name="__main__")
+        run_as_main(Path(job["folder"], job["program"]))
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
