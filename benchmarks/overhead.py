@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-
-from precision_policy.job.monitor import Monitor
 from precision_policy.job.plan import Plan
 from precision_policy.job.watch import Watch
+
+from precision_policy.job.monitor import Monitor
 from precision_policy.precision_warnings import _WARNED_CONTEXTS, warn_if_torch_adam_with_bf16_params
 
 CONFIG = """

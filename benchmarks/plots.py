@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's package, where none is installed
 
 from precision_policy.job.message import low_precision, warning
-from precision_policy.job.optimizers import look_up
 from precision_policy.job.plan import Plan
+
+from precision_policy.job.optimizers import look_up
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
