@@ -154,11 +154,14 @@ class MasterWeights(Listener):
         before = self._plans.get(optimizer)
         if before is None:
             before = _Plan.for_class(type(optimizer))
+        elif before.is_for(optimizer.param_groups):
+            return before
         known = {id(member.param): member for member in before.members}
         plan = _Plan(before.kind, before.whole_adam)
         occurrences = []
         for number, group in enumerate(optimizer.param_groups):
             rest = []
+            plan.looks.append([_look_at(param) for param in group["params"]])
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -223,6 +226,7 @@ class _Plan:
         rest: for each parameter group, those that torch steps as they are.
         refused: for each reason, how many of these are of 16 bits.
         pieces: of the members, where they can be used again.
+        looks: what it was made from: for each parameter group, what was seen of its parameters.
     """
 
     kind: Kind
@@ -231,12 +235,42 @@ class _Plan:
     rest: list[list[torch.Tensor]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     pieces: list[list[Piece]] | None = None
+    looks: list[list[_Look]] = field(default_factory=list)
 
     @classmethod
     def for_class(cls, kind: type[Optimizer]) -> _Plan:
         """An empty plan for an optimizer of this class."""
         known = kind_of(kind)
         return cls(known, WholeAdam(known))
+
+    def is_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the parameters are as they were when the plan was made. It is asked at each step, so it is quick."""
+        if len(groups) != len(self.looks):
+            return False
+        for group, looks in zip(groups, self.looks, strict=True):
+            params = group["params"]
+            if len(params) != len(looks):
+                return False
+            for param, look in zip(params, looks, strict=True):
+                seen, dtype, shape, stride, device, layout_of_grad = look
+                if param is not seen or param.dtype is not dtype:
+                    return False
+                grad = param.grad
+                if layout_of_grad is not (None if grad is None else grad.layout):
+                    return False
+                # A DTensor's part is looked at when it is stepped.
+                if param.shape != shape or param.stride() != stride or param.device != device:
+                    return False
+        return True
+
+
+# Of a parameter: itself, its dtype, shape, stride and device, and the layout of its gradient, None where it has none.
+_Look = tuple[Any, ...]
+
+
+def _look_at(param: torch.Tensor) -> _Look:
+    layout_of_grad = None if param.grad is None else param.grad.layout
+    return param, param.dtype, param.shape, param.stride(), param.device, layout_of_grad
 
 
 def _refusal(optimizer: Optimizer) -> str | None:

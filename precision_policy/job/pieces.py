@@ -227,8 +227,7 @@ class Piece:
         """Write the rounded weights into the parameters, and what is kept of each into its place; it can be done again."""
         if self._split is not None:
             self._split()
-            for member in self.members:
-                note_write(member.value)
+            note_writes([member.value for member in self.members])
             return
         values = [member.value for member in self.members]
         if self._is_flat:
@@ -308,9 +307,13 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def note_write(tensor: torch.Tensor) -> None:
-    """Tell autograd that a kernel has written a tensor, as it would hear of an operation of torch's."""
-    torch.autograd.graph.increment_version(tensor)
+def note_writes(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that a kernel has written tensors, as it would hear of an operation of torch's."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # before torch 2.5 it took one tensor
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _aligned(size: int) -> int:
