@@ -68,7 +68,7 @@ def numbers(rows: dict[tuple[str, float], list[dict[str, str]]], ways: list[str]
         print(f"  {lr:g}: " + " / ".join(f"{share:.1f}" for share in shares))
     elements = int(re.search(r"([\d,]+) parameters", (HERE / "machine.txt").read_text())[1].replace(",", ""))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.empty(elements, dtype=torch.bfloat16, device="meta"))], lr=1e-5)
-    text = warning(optimizer, look_up(optimizer), low_precision(optimizer), Plan("precision_policy=on"), None).text
+    text = warning(optimizer, look_up(optimizer), low_precision(optimizer), Plan("precision_policy=on")).text
     print("the warning: " + next(line.strip() for line in text.splitlines() if "fp32 storage adds" in line))
     added = mean("fp32 storage", rates[0], "steady bytes") - mean("bf16 storage", rates[0], "steady bytes")
     print(
