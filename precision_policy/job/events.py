@@ -20,6 +20,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from precision_policy.job.speaker import Speaker
 from precision_policy.job.wrapping import wrap
 
+# Steps that were read and found to update parameters as those of torch.optim do: transformers 5.23, optimization.py.
+SERVED_BY_NAME = ("transformers.optimization.Adafactor.step",)
+
 
 class StopJobError(RuntimeError):
     """The one kind of exception by which a listener ends a job: what ``strict`` asks for."""
@@ -76,6 +79,7 @@ class Events:
         self._option = option
         self._undo = contextlib.ExitStack()
         self._classes: set[type] = set()
+        self._inner: set[Any] = set()
         # A wrapper that somebody has wrapped in turn stays where it is after the end, and must then do nothing.
         self.on = False
 
@@ -89,31 +93,51 @@ class Events:
         self._undo.callback(wrap(Optimizer, "load_state_dict", self._load))
         self._undo.callback(register_optimizer_step_pre_hook(self._about_to_step).remove)
         self._undo.callback(register_optimizer_step_post_hook(self._stepped).remove)
+        if self._around_step:
+            self._serve_present()
 
     def end(self) -> None:
         """Leave torch as it was, then tell the listeners; a second call does nothing."""
         self.on = False
         self._undo.close()
         self._classes.clear()
+        self._inner.clear()
 
     def serve(self, kind: type) -> None:
-        """Go around ``step`` of the ``torch.optim`` classes among the bases of an optimizer's class.
+        """Go around the ``step`` of ``torch.optim`` in an optimizer's class and its bases.
 
-        The innermost class is the one that updates parameters: a subclass of the application's own may call it with other
-        arguments, several times, or not at all. torch itself replaces ``step`` on a class when its first optimizer is made, so
-        each class that has a ``step`` of its own is looked at.
+        That step is the one that updates parameters: a subclass of the application's own may call it with other arguments,
+        several times, or not at all. torch itself replaces ``step`` on a class when its first optimizer is made, so each class
+        that has a ``step`` of its own is looked at.
         """
         if not self._around_step:
             return
         for base in kind.__mro__:
-            if base not in self._classes and _updates_parameters(base):
+            if base not in self._classes:
                 self._classes.add(base)
-                self._go_around(base)
+                if _updates_parameters(base):
+                    self._go_around(base)
+
+    def reaches(self, optimizer: Optimizer) -> bool:
+        """Whether a call of ``optimizer.step`` comes here: not where somebody took torch's step before its class was served."""
+        step: Any = optimizer.step
+        step = getattr(step, "__func__", step)
+        while step not in self._inner:
+            if not hasattr(step, "__wrapped__"):
+                # A step of the application's own calls torch's by the name of its class.
+                return not _is_torch_step(step)
+            step = step.__wrapped__
+        return True
+
+    def _serve_present(self) -> None:
+        """Serve the classes of the optimizers that were made before: torch has put its hooks around their step."""
+        for kind in _all_subclasses(Optimizer):
+            if getattr(kind.__dict__.get("step"), "hooked", False):
+                self.serve(kind)
 
     def _go_around(self, base: type) -> None:
         present = base.__dict__["step"]
-        is_hooked = getattr(present, "hooked", False)  # torch's mark on a step that runs its step hooks
-        raw = present.__wrapped__ if is_hooked else present
+        raw = _inside_hooks(present)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
         @functools.wraps(raw)
@@ -122,15 +146,18 @@ class Events:
                 return raw(optimizer, *args, **kwargs)
             return self._step(raw, optimizer, args, kwargs)
 
-        replaced = _hooked(inner) if is_hooked else inner
+        self._inner.add(inner)
+        replaced = inner if raw is present else _hooked(inner)
 
         def put_back() -> None:
-            found = base.__dict__.get("step")
-            if found is replaced:
+            if base.__dict__.get("step") is replaced:
                 base.step = present  # type: ignore[attr-defined]  # a class that updates parameters has it
-            elif getattr(found, "hooked", False) and getattr(found, "__wrapped__", None) is replaced:
-                # torch has put its hooks around since: so they shall stay, around torch's own step.
-                base.step = _hooked(raw)  # type: ignore[attr-defined]  # as above
+            # torch may have put its hooks around since, on this class or on one that inherits from it. They shall stay, around
+            # torch's own step.
+            for derived in (base, *_all_subclasses(base)):
+                found = derived.__dict__.get("step")
+                if found is not present and _inside_hooks(found) is inner:
+                    derived.step = _hooked(raw)  # type: ignore[attr-defined]  # as above
 
         base.step = replaced  # type: ignore[attr-defined]  # as above
         self._undo.callback(put_back)
@@ -141,9 +168,10 @@ class Events:
 
     def _patch_step_function(self, patch: Callable[..., None], optimizer: Optimizer) -> None:
         """Every optimizer comes through here, unpickled and copied ones too, before its first step."""
-        patch(optimizer)
+        # Before torch puts its hooks around a step that a class inherits: what it then finds is already the one that tells.
         if self.on:
             self.serve(type(optimizer))
+        patch(optimizer)
 
     def _step(self, raw: Callable[..., Any], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = raw
@@ -180,8 +208,30 @@ class Events:
 
 
 def _updates_parameters(kind: type) -> bool:
-    """Whether a class is one of ``torch.optim`` that has a step of its own, or one that torch gave one."""
-    return kind is not Optimizer and kind.__module__.startswith("torch.optim.") and "step" in kind.__dict__
+    """Whether a class has a step of its own that is ``torch.optim``'s, which torch also gives to classes that inherit it."""
+    return kind is not Optimizer and _is_torch_step(_inside_hooks(kind.__dict__.get("step")))
+
+
+def _is_torch_step(step: Any) -> bool:
+    module = getattr(step, "__module__", None) or ""
+    name = f"{module}.{getattr(step, '__qualname__', '')}"
+    return module.startswith("torch.optim.") or name in SERVED_BY_NAME
+
+
+def _inside_hooks(step: Any) -> Any:
+    """The step inside the wrapper by which torch runs step hooks; any other thing as it is."""
+    is_hooked = getattr(step, "hooked", False)  # torch's mark on its wrapper
+    return step.__wrapped__ if is_hooked else step
+
+
+def _all_subclasses(kind: type) -> list[type]:
+    """The classes that derive from a class, at any depth."""
+    found: list[type] = []
+    derived: type
+    for derived in kind.__subclasses__():
+        found.append(derived)
+        found += _all_subclasses(derived)
+    return found
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:

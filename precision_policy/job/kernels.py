@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -57,8 +57,15 @@ def split(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows:
         values: bf16, with the same strides; overwritten.
         lows: the low bits, as in :func:`join`; overwritten.
     """
+    prepare_split(weights, values, lows)()
+
+
+def prepare_split(
+    weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]
+) -> Callable[[], None]:
+    """Make all that :func:`split` needs memory for; what is returned does the work, and can be called again."""
     launch, table = _prepare([values, lows, weights])
-    launch(_split, table)
+    return functools.partial(launch, _split, table)
 
 
 def adam(
@@ -75,6 +82,7 @@ def adam(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    fused: bool,
 ) -> None:
     """Make the step of ``torch.optim.Adam`` or ``AdamW`` on the fp32 weights that values and low bits stand for.
 
@@ -87,19 +95,21 @@ def adam(
         gradients: bf16.
         exp_avgs: fp32; overwritten.
         exp_avg_sqs: fp32; overwritten.
-        steps: one fp32 element each, on whatever device: the number of this step, 1 for the first.
+        steps: one fp32 element each, on whatever device: how many steps were made before, which is not changed.
         lr: the learning rate.
         beta1: the decay of ``exp_avgs``.
         beta2: the decay of ``exp_avg_sqs``.
         eps: added to the denominator.
         weight_decay: the decay of the weights.
         decoupled: whether that shrinks the weights, as AdamW's does, or is added to the gradient.
+        fused: whether they shrink as by torch's fused kernel. Otherwise torch multiplies them by ``1 - lr * weight_decay`` in
+            fp32, which rounds 1 - 1e-7 to 1 - 1.2e-7.
     """
     launch, table = _prepare([values, lows, gradients, exp_avgs, exp_avg_sqs])
-    count = _count(steps, table.device).double()  # in fp32, 1 - 0.999 would be wrong in the fifth digit
+    count = _count(steps, table.device).double() + 1  # in fp32, 1 - 0.999 would be wrong in the fifth digit
     corrections = torch.stack([1 - beta1**count, (1 - beta2**count).sqrt()]).float()
-    rates = lr, weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps
-    launch(_adam, table, corrections, *rates, DECAYS=weight_decay != 0, DECOUPLED=decoupled)
+    rates = lr, weight_decay, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps
+    launch(_adam, table, corrections, *rates, DECAYS=weight_decay != 0, DECOUPLED=decoupled, FUSED=fused)
 
 
 def _count(steps: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -238,16 +248,19 @@ def _split(table, places, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _adam_elements(
     value, low, gradient, exp_avg, exp_avg_sq, i, mask, step_size, correction2_sqrt,
-    lr, weight_decay, beta1, rest1, beta2, rest2, eps, DECAYS: tl.constexpr, DECOUPLED: tl.constexpr,
+    lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps,
+    DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     joined = _joined(tl.load(value + i, mask).to(tl.int32), tl.load(low + i, mask).to(tl.int32))
     weight = joined.to(tl.float32, bitcast=True)
     g = tl.load(gradient + i, mask).to(tl.float32)
     if DECAYS:
-        if DECOUPLED:
+        if not DECOUPLED:
+            g += weight * weight_decay
+        elif FUSED:
             weight -= lr * weight_decay * weight
         else:
-            g += weight * weight_decay
+            weight *= shrink
     m = beta1 * tl.load(exp_avg + i, mask) + rest1 * g
     v = beta2 * tl.load(exp_avg_sq + i, mask) + rest2 * (g * g)
     weight -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction2_sqrt) + eps)
@@ -260,8 +273,8 @@ def _adam_elements(
 
 @triton.jit
 def _adam(
-    table, corrections, lr, weight_decay, beta1, rest1, beta2, rest2, eps, places, tensors,
-    DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    table, corrections, lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps, places, tensors,
+    DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor, block = _this_program(places)
     value = _pointer(table, 0, tensors, tensor, tl.int16, ALIGNED)
@@ -276,10 +289,10 @@ def _adam(
     if (block + 1) * BLOCK <= size:
         _adam_elements(
             value, low, gradient, exp_avg, exp_avg_sq, i, None, step_size, correction2_sqrt,
-            lr, weight_decay, beta1, rest1, beta2, rest2, eps, DECAYS, DECOUPLED,
+            lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps, DECAYS, DECOUPLED, FUSED,
         )  # fmt: skip
     else:
         _adam_elements(
             value, low, gradient, exp_avg, exp_avg_sq, i, i < size, step_size, correction2_sqrt,
-            lr, weight_decay, beta1, rest1, beta2, rest2, eps, DECAYS, DECOUPLED,
+            lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps, DECAYS, DECOUPLED, FUSED,
         )  # fmt: skip

@@ -1,0 +1,326 @@
+"""bf16 parameters as fp32 ones, a piece at a time: what stands in an optimizer for the time of its step.
+
+A piece is some parameters, or a part of a large one. For its step the optimizer sees fp32 leaves with fp32 gradients. The
+leaves of all pieces lie in the same memory, so fp32 copies exist for one piece at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+
+from precision_policy.estimate import parameters
+from precision_policy.job import low_bits
+
+# The names under which a state holds what a master weight needs beside the weight in the model.
+LOW_BITS: Final = "master_low_bits"
+WHOLE: Final = "master_param"
+
+# How many elements are stepped together. On a CPU they stay in its cache; on a GPU a launch must be worth its while.
+_MOST_ON_CPU: Final = 2**20
+_MOST_ON_GPU: Final = 2**26
+# Leaves begin at multiples of so many elements: kernels read several elements at once where these are aligned.
+_ALIGNMENT: Final = 16
+
+
+def kernels_on(device: torch.device) -> Any:
+    """The module of Triton kernels, where they run on this device; None where torch's operations do their work."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # what is captured must not copy from the host, as a kernel's table of addresses is
+    try:
+        from precision_policy.job import kernels
+    except ImportError:  # no Triton here
+        return None
+    return kernels if kernels.can_run(device) else None
+
+
+class Scratch:
+    """The memory in which pieces are stepped, one after the other: ``size`` elements of each."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = size
+        self.device = device
+        self.weights = self._make(torch.float32)
+        self.grads = self._make(torch.float32)
+
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """Rounded weights on their way to several parameters."""
+        return self._make(torch.bfloat16)
+
+    @functools.cached_property
+    def lows(self) -> torch.Tensor:
+        """Low bits on their way from and to several states."""
+        return self._make(torch.bfloat16)
+
+    def _make(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(self.size, dtype=dtype, device=self.device)
+
+
+class Member:
+    """A bf16 parameter that is stepped in fp32.
+
+    Args:
+        param: the application's.
+        group: the number of its parameter group.
+
+    Attributes:
+        times: how often it stands in the group. torch warns of more than once, and updates it as often.
+        row: what the step of all of Adam in one kernel keeps of it, for that step's own use.
+        keeps_whole: whether its state holds a whole fp32 copy. FSDP1 with ``use_orig_params`` wants one dtype in a state.
+        is_shard: whether it is a DTensor, of which this rank has a part.
+        layout: shape, stride and device of this rank's part.
+        stride: the stride of its leaf and of all its states: its own where it is dense.
+    """
+
+    def __init__(self, param: torch.Tensor, group: int) -> None:
+        self.param = param
+        self.group = group
+        self.times = 1
+        self.row: Any = None
+        self.keeps_whole = parameters.has_unknown_size(param)
+        value = self.value
+        self.is_shard = value is not param
+        self.layout = layout(value)
+        self.shape = value.shape
+        self.size = value.numel()
+        self.device = value.device
+        self.is_dense = is_dense(value)
+        self.stride = value.stride() if self.is_dense else _contiguous_stride(value.shape)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """This rank's part of the parameter. A DTensor may get another one between steps."""
+        return parameters.local(self.param)
+
+    def fits(self, param: torch.Tensor, group: int) -> bool:
+        """Whether this still describes a parameter: what was made for it can be used again."""
+        return self.param is param and self.group == group and self.layout == layout(self.value)
+
+    def lay(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same elements in this dtype, on the parameter's device, in the leaf's strides; a copy only where need be."""
+        if tensor.dtype is dtype and tensor.stride() == self.stride and tensor.device == self.device:
+            return tensor
+        return self.new(dtype).copy_(tensor)
+
+    def new(self, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a tensor like the leaf."""
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.device)
+
+    def wrap(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor as the application sees such tensors: a DTensor where the parameter is one."""
+        if not self.is_shard:
+            return tensor
+        kind: Any = type(self.param)
+        param: Any = self.param
+        wrapped: torch.Tensor = kind.from_local(
+            tensor, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
+        return wrapped
+
+
+class Piece:
+    """Members that are stepped together, or a part of a single one.
+
+    Args:
+        members: in the order in which the optimizer shall see them.
+        scratch: at least as large as they are.
+        part: the elements of the one member, in the order of its memory; None for all of it.
+        wraps: whether the optimizer shall see a DTensor's leaf as a DTensor, because it does not work element by element.
+    """
+
+    def __init__(self, members: list[Member], scratch: Scratch, part: slice | None = None, wraps: bool = False) -> None:
+        self.members = members
+        self.part = part
+        offsets = []
+        self.size = 0
+        for member in members:
+            offsets.append(self.size)
+            self.size += _aligned(member.size) if part is None else part.stop - part.start
+        self._scratch = scratch
+        self._weights = scratch.weights[: self.size]
+        self._room = scratch.grads[: self.size]
+        # One dense tensor is read and written where it is. Several go through the scratch, as one tensor there.
+        only = members[0]
+        self._is_flat = len(members) == 1 and only.is_dense and not only.keeps_whole
+        if self._is_flat:
+            count = only.size if part is None else part.stop - part.start
+            self._weights, self._room = self._weights[:count], self._room[:count]
+        can_use_kernels = all(member.is_dense and not member.keeps_whole for member in members)
+        self._kernels = kernels_on(only.device) if can_use_kernels else None
+        self._split: Callable[[], None] | None = None
+        self.views = self._views_of(scratch.weights, offsets)
+        self._grads = self._views_of(scratch.grads, offsets)
+        if not self._is_flat and self._kernels is None:
+            self._values = self._views_of(scratch.values, offsets)
+            self._lows = self._views_of(scratch.lows, offsets)
+        self.leaves = self.views
+        grads = self._grads
+        if wraps:
+            self.leaves = [member.wrap(view) for member, view in zip(members, self.views, strict=True)]
+            grads = [member.wrap(grad) for member, grad in zip(members, grads, strict=True)]
+        for leaf, grad in zip(self.leaves, grads, strict=True):
+            leaf.grad = grad
+
+    def _views_of(self, flat: torch.Tensor, offsets: list[int]) -> list[torch.Tensor]:
+        if self.part is not None:
+            return [flat[: self.part.stop - self.part.start]]
+        return [
+            flat.as_strided(member.shape, member.stride, offset) for member, offset in zip(self.members, offsets, strict=True)
+        ]
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This piece's part of a tensor that is laid as its one member is, flat; of a whole one all of it."""
+        return _flat(tensor)[self.part] if self.part is not None else _flat(tensor)
+
+    def join(self, lows: Sequence[torch.Tensor | None]) -> None:
+        """Make the weights of the leaves: from the values in the model, and the low bits of each, where there are any."""
+        values = [member.value for member in self.members]
+        if self._kernels is not None and all(low is not None for low in lows):
+            parts = [self.of(value) for value in values]
+            self._kernels.join(parts, [self.of(low) for low in lows if low is not None], self.views)
+            return
+        if self._is_flat:
+            self._weights.copy_(self.of(values[0]))
+            if lows[0] is not None:
+                low_bits.join(self._weights, self.of(lows[0]), self._room)
+            return
+        torch._foreach_copy_(self.views, values)
+        if self._kernels is not None:
+            for view, low in zip(self.views, lows, strict=True):
+                if low is not None:
+                    low_bits.join(_flat(view), _flat(low), torch.empty_like(_flat(view)))
+            return
+        present = [(view, low) for view, low in zip(self._lows, lows, strict=True) if low is not None]
+        if not present:
+            return
+        if len(present) < len(lows):
+            self._scratch.lows[: self.size].zero_()
+        torch._foreach_copy_([view for view, _ in present], [low for _, low in present])
+        low_bits.join(self._weights, self._scratch.lows[: self.size], self._room)
+
+    def take_grads(self) -> None:
+        """Give the leaves the parameters' gradients, in fp32."""
+        grads = [grad_of(member) for member in self.members]
+        if self.part is not None:
+            grads = [self.of(self.members[0].lay(grads[0], grads[0].dtype))]
+        torch._foreach_copy_(self._grads, grads)
+
+    def round_off(self, kept: Sequence[torch.Tensor]) -> None:
+        """Make ready what :meth:`write` writes. The gradients are lost."""
+        if self._kernels is not None:
+            targets = [self.of(member.value) for member in self.members]
+            self._split = self._kernels.prepare_split(self.views, targets, [self.of(own) for own in kept])
+            return
+        low_bits.round_off(self._weights, self._room)
+        if not self._is_flat:
+            values, lows = self._scratch.values[: self.size], self._scratch.lows[: self.size]
+            low_bits.write(self._weights, self._room, values, lows)
+
+    def write(self, kept: Sequence[torch.Tensor]) -> None:
+        """Write the rounded weights into the parameters, and what is kept of each into its place; it can be done again."""
+        if self._split is not None:
+            self._split()
+            for member in self.members:
+                note_write(member.value)
+            return
+        values = [member.value for member in self.members]
+        if self._is_flat:
+            low_bits.write(self._weights, self._room, self.of(values[0]), self.of(kept[0]))
+            return
+        torch._foreach_copy_(values, self._values)
+        sources = [
+            view if member.keeps_whole else low for member, view, low in zip(self.members, self.views, self._lows, strict=True)
+        ]
+        torch._foreach_copy_(list(kept), sources)
+
+
+def cut(members: Sequence[Member], scratch: Scratch, elementwise: bool) -> Iterator[list[Piece]]:
+    """The pieces of members of one device: lists of one piece, or of all that one large member is cut into."""
+    together: list[Member] = []
+    size = 0
+    for member in members:
+        if together and size + _aligned(member.size) > scratch.size:
+            yield [Piece(together, scratch, wraps=not elementwise)]
+            together, size = [], 0
+        if member.size <= scratch.size:
+            together.append(member)
+            size += _aligned(member.size)
+        elif elementwise and member.is_dense and not member.keeps_whole:
+            starts = range(0, member.size, scratch.size)
+            parts = [slice(start, min(start + scratch.size, member.size)) for start in starts]
+            yield [Piece([member], scratch, part) for part in parts]
+        else:
+            large = Scratch(_aligned(member.size), scratch.device)
+            yield [Piece([member], large, wraps=not elementwise)]
+    if together:
+        yield [Piece(together, scratch, wraps=not elementwise)]
+
+
+def scratch_for(members: Iterable[Member], device: torch.device) -> Scratch:
+    """The memory in which members are stepped: no more than they need, and no more than is good."""
+    return Scratch(min(_MOST_ON_GPU, elements_of(members)), device)
+
+
+def scratch_on_cpu() -> Scratch:
+    """The memory for any members on a CPU. It is worth keeping: to get memory anew takes a CPU as long as to step in it."""
+    return Scratch(_MOST_ON_CPU, torch.device("cpu"))
+
+
+def elements_of(members: Iterable[Member]) -> int:
+    """How many elements members take in a scratch."""
+    return sum(_aligned(member.size) for member in members)
+
+
+def layout(value: torch.Tensor) -> tuple[Any, ...]:
+    """What a piece was made for: another one is needed where it has changed."""
+    return value.shape, value.stride(), value.device
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, each in a place of its own, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's elements in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def note_write(tensor: torch.Tensor) -> None:
+    """Tell autograd that a kernel has written a tensor, as it would hear of an operation of torch's."""
+    torch.autograd.graph.increment_version(tensor)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def grad_of(member: Member) -> torch.Tensor:
+    """This rank's part of a member's gradient."""
+    grad: Any = member.param.grad
+    param: Any = member.param
+    if hasattr(grad, "placements") and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return parameters.local(grad)

@@ -1,0 +1,61 @@
+"""The states of served optimizers on their way: out of a checkpoint, and back to torch at the end of a job."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from precision_policy.job.pieces import LOW_BITS, WHOLE
+from precision_policy.job.torch_states import Kind, kind_of
+
+
+@contextlib.contextmanager
+def states_as_they_are(optimizer: Optimizer) -> Iterator[None]:
+    """Let ``load_state_dict`` keep fp32 over bf16 parameters, where torch casts each state to the parameter's dtype.
+
+    A checkpoint that was made without master weights has bf16 states: they become fp32.
+    """
+    kind = kind_of(type(optimizer))
+    name = "_process_value_according_to_param_policy"
+    original = Optimizer.__dict__[name]
+
+    def process(param: torch.Tensor, value: torch.Tensor, param_id: Any, param_groups: Any, key: Any = None) -> torch.Tensor:
+        if param.dtype is torch.bfloat16:
+            if key in (LOW_BITS, WHOLE):
+                return value.to(device=param.device)
+            if kind.makes(key, value):
+                dtype = torch.float32 if value.dtype is torch.bfloat16 else value.dtype
+                return value.to(device=param.device, dtype=dtype)
+        processed: torch.Tensor = original.__func__(param, value, param_id, param_groups, key)
+        return processed
+
+    setattr(Optimizer, name, staticmethod(process))
+    try:
+        yield
+    finally:
+        setattr(Optimizer, name, original)
+
+
+def to_param_dtype(optimizer: Optimizer, kind: Kind, param: torch.Tensor) -> None:
+    """Cast the states of a parameter to its dtype, and drop the low bits: what torch's own step needs."""
+    entry = optimizer.state.get(param)
+    if not entry:
+        return
+    entry.pop(LOW_BITS, None)
+    entry.pop(WHOLE, None)
+    for name, value in entry.items():
+        if kind.makes(name, value) and name not in kind.numbers:
+            entry[name] = value.to(param.dtype)
+
+
+def hand_back(optimizer: Optimizer) -> None:
+    """Do so for all parameters of an optimizer."""
+    kind = kind_of(type(optimizer))
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.dtype is torch.bfloat16:
+                to_param_dtype(optimizer, kind, param)

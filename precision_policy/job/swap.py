@@ -1,0 +1,278 @@
+"""torch's own step, with fp32 leaves in the place of bf16 parameters.
+
+The application's parameter groups and its state stay as they are: the optimizer is given others for the time of the step, and
+gets its own back whatever happens. What the step made is written only when all of it is there. So an exception, such as running
+out of memory, leaves each parameter with the whole step or with none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from precision_policy.estimate import parameters
+from precision_policy.job.pieces import LOW_BITS, WHOLE, Member, Piece
+from precision_policy.job.torch_states import Kind
+
+# A parameter's state: its entries by name.
+Entry = dict[Any, Any]
+Step = Callable[..., Any]
+
+
+def step_rest(optimizer: Optimizer, step: Step, rest: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Let torch step the parameters that get no master weights; ``rest`` has those of each group."""
+    groups = []
+    for group, params in zip(optimizer.param_groups, rest, strict=True):
+        if params:
+            groups.append({**group, "params": list(params)})
+    with _standing_in(optimizer, groups, optimizer.state):
+        step(optimizer)
+
+
+def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> None:
+    """Step the members of a piece, which are whole parameters."""
+    by_group: dict[int, list[torch.Tensor]] = {}
+    for member, leaf in zip(piece.members, piece.leaves, strict=True):
+        by_group.setdefault(member.group, []).extend([leaf] * member.times)
+    groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in by_group.items()]
+    entries = [entry_for_leaf(optimizer, member, kind) for member in piece.members]
+    state = defaultdict(dict, zip(piece.leaves, entries, strict=True))
+    kept = [kept_of(optimizer, member) for member in piece.members]
+    with _undone_on_failure(_changed_by_step(groups, kind, entries)):
+        _make_step(optimizer, step, [piece], groups, state, kept)
+    _write([piece], kept)
+    for member, entry, (_, own) in zip(piece.members, entries, kept, strict=True):
+        put_back(optimizer, member, kind, entry, own)
+
+
+def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Piece]) -> None:
+    """Step a parameter that is larger than a piece, one part after the other, as if it were stepped once."""
+    member = parts[0].members[0]
+    group = optimizer.param_groups[member.group]
+    entry = entry_for_leaf(optimizer, member, kind)
+    kept = [kept_of(optimizer, member)]
+    made: Entry = {}
+
+    def step_part(part: Piece) -> None:
+        # The last part takes the single numbers, such as `step`; those before it take copies of them, as they all count.
+        own = _entry_of_part(part, kind, entry, copies_numbers=part is not parts[-1])
+        groups = [{**group, "params": part.leaves * member.times}]
+        with _undone_on_failure(_changed_by_step(groups, kind, [own])):
+            _make_step(optimizer, step, [part], groups, defaultdict(dict, {part.leaves[0]: own}), kept)
+            for name in kind.states:
+                if torch.is_tensor(own.get(name)) and name not in entry:
+                    if name not in made:
+                        made[name] = member.new(torch.float32)
+                    part.of(made[name]).copy_(own[name])
+        _write([part], kept)
+        if part is parts[-1]:
+            made.update({name: value for name, value in own.items() if name not in kind.states})
+
+    failure: BaseException | None = None
+    for part in parts:
+        try:
+            step_part(part)
+        except BaseException as error:
+            # The parts before this one have made the step. So this one and the rest make it as well, if they can, before the
+            # application hears of it.
+            if part is parts[0] or failure is not None:
+                raise
+            failure = error
+            step_part(part)
+    put_back(optimizer, member, kind, {**entry, **made}, kept[0][1])
+    if failure is not None:
+        raise failure
+
+
+def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piece]) -> None:
+    """Step all parameters in one call, those without master weights too.
+
+    What a class of the application's own writes into the groups and the state meanwhile is taken over.
+    """
+    members = [member for piece in pieces for member in piece.members]
+    leaves = [leaf for piece in pieces for leaf in piece.leaves]
+    leaf_of = {id(member.param): leaf for member, leaf in zip(members, leaves, strict=True)}
+    groups = []
+    for group in optimizer.param_groups:
+        params = [leaf_of.get(id(param), param) for param in group["params"]]
+        groups.append({**group, "params": params})
+    entries = [entry_for_leaf(optimizer, member, kind) for member in members]
+    state: defaultdict[Any, Any] = defaultdict(dict, optimizer.state)
+    for member in members:
+        state.pop(member.param, None)
+    others = set(state)
+    state.update(zip(leaves, entries, strict=True))
+    kept = [kept_of(optimizer, member) for member in members]
+    with _undone_on_failure(_changed_by_step(groups, kind, entries)):
+        _make_step(optimizer, step, pieces, groups, state, kept)
+    _write(pieces, kept)
+    for member, leaf, (_, own) in zip(members, leaves, kept, strict=True):
+        put_back(optimizer, member, kind, state.pop(leaf, {}), own)
+    for key in others - set(state):
+        optimizer.state.pop(key, None)
+    optimizer.state.update(state)
+    for group, its in zip(optimizer.param_groups, groups, strict=True):
+        del its["params"]
+        group.update(its)
+
+
+# What is kept of a member beside the weight in the model: what it is joined with, and the tensor to write into.
+_Own = tuple[torch.Tensor | None, torch.Tensor]
+
+
+def _make_step(
+    optimizer: Optimizer, step: Step, pieces: Sequence[Piece], groups: list[Entry], state: Any, kept: Sequence[_Own]
+) -> None:
+    """Everything but writing: what the application sees is as it was, but for states, which torch changes in place."""
+    start = 0
+    for piece in pieces:
+        piece.join([low for low, _ in kept[start : start + len(piece.members)]])
+        piece.take_grads()
+        start += len(piece.members)
+    with _standing_in(optimizer, groups, state):
+        step(optimizer)
+    start = 0
+    for piece in pieces:
+        piece.round_off([own for _, own in kept[start : start + len(piece.members)]])
+        start += len(piece.members)
+
+
+def _write(pieces: Sequence[Piece], kept: Sequence[_Own]) -> None:
+    """Write what was made, all of it: where an interruption comes in between, once more from the start."""
+    try:
+        _write_once(pieces, kept)
+    except BaseException:
+        _write_once(pieces, kept)
+        raise
+
+
+def _write_once(pieces: Sequence[Piece], kept: Sequence[_Own]) -> None:
+    start = 0
+    for piece in pieces:
+        piece.write([own for _, own in kept[start : start + len(piece.members)]])
+        start += len(piece.members)
+
+
+@contextlib.contextmanager
+def _standing_in(optimizer: Optimizer, groups: list[Entry], state: Any) -> Iterator[None]:
+    """Let an optimizer have other parameter groups and another state."""
+    before = optimizer.param_groups, optimizer.state
+    try:
+        optimizer.param_groups, optimizer.state = groups, state
+        yield
+    finally:
+        optimizer.param_groups, optimizer.state = before
+
+
+@contextlib.contextmanager
+def _undone_on_failure(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Give tensors their values back where something raises."""
+    copies = torch._foreach_mul(tensors, 1) if tensors else ()  # new ones, and one call where clone() takes one for each
+    try:
+        yield
+    except BaseException:
+        if tensors:
+            torch._foreach_copy_(tensors, copies)
+        raise
+
+
+def _changed_by_step(groups: Iterable[Entry], kind: Kind, entries: Iterable[Entry]) -> list[torch.Tensor]:
+    """The states that a step which raises may leave changed. A fused one is a single kernel, but counts before that."""
+    is_fused = all(group.get("fused") for group in groups)
+    changed = []
+    for entry in entries:
+        for name, value in entry.items():
+            may_change = not is_fused or name == "step" or name in kind.numbers
+            if may_change and torch.is_tensor(value) and value.is_floating_point():
+                changed.append(parameters.local(value))
+    return changed
+
+
+def entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:
+    """A parameter's state as its leaf has it: in fp32, and this rank's part alone where each element is stepped by itself."""
+    entry = dict(optimizer.state.get(member.param, ()))
+    entry.pop(LOW_BITS, None)
+    entry.pop(WHOLE, None)
+    names = kind.states if kind.is_known else tuple(entry)
+    for name in (*names, *kind.numbers):
+        value: Any = entry.get(name)
+        if not kind.makes(name, value):
+            continue
+        if name == "sum" and value.dtype is torch.bfloat16 and float(entry["step"]) == 0:
+            # Adagrad's constructor has filled it, with a number that bf16 may have rounded.
+            start = optimizer.param_groups[member.group]["initial_accumulator_value"]
+            value = torch.full_like(value, start, dtype=torch.float32)
+        if kind.elementwise and name in kind.states:
+            value = parameters.local(value)
+            if value.shape == member.shape:
+                value = member.lay(value, torch.float32)
+        elif value.dtype is torch.bfloat16:
+            value = value.float()
+        entry[name] = value
+    return entry
+
+
+def _entry_of_part(part: Piece, kind: Kind, entry: Entry, copies_numbers: bool) -> Entry:
+    """The state of a part of a parameter, in the memory of the whole one's."""
+    own = dict(entry)
+    for name, value in entry.items():
+        if not torch.is_tensor(value):
+            continue
+        if name in kind.states:
+            own[name] = part.of(value)
+        elif copies_numbers:
+            own[name] = value.clone()
+    return own
+
+
+def low_and_whole(optimizer: Optimizer, member: Member) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The low bits of a member and its whole fp32 copy, if its state has some that fit; of a whole copy the low bits too."""
+    entry = optimizer.state.get(member.param, {})
+    low = _fitting(entry.get(LOW_BITS), member, torch.bfloat16)
+    whole = _fitting(entry.get(WHOLE), member, torch.float32)
+    if low is None and whole is not None:
+        low = whole.view(torch.int32).to(torch.int16).view(torch.bfloat16)
+    return low, whole
+
+
+def kept_of(optimizer: Optimizer, member: Member) -> _Own:
+    """What a member is joined with, and where to write what is kept of it: new memory where its state has none that fits."""
+    low, whole = low_and_whole(optimizer, member)
+    if not member.keeps_whole:
+        return low, low if low is not None else member.new(torch.bfloat16)
+    return low, whole if whole is not None else member.new(torch.float32)
+
+
+def _fitting(value: Any, member: Member, dtype: torch.dtype) -> torch.Tensor | None:
+    """This rank's part of what was kept; None where it belongs to a parameter of another shape, or was cast."""
+    if not torch.is_tensor(value):
+        return None
+    value = parameters.local(value)
+    if value.shape != member.shape or value.dtype is not dtype:
+        return None
+    return member.lay(value, dtype)
+
+
+def put_back(optimizer: Optimizer, member: Member, kind: Kind, made: Entry, own: torch.Tensor) -> None:
+    """Make what the step made the parameter's state."""
+    entry = optimizer.state.get(member.param)
+    if entry is None:
+        entry = optimizer.state[member.param] = {}
+    name, other = (WHOLE, LOW_BITS) if member.keeps_whole else (LOW_BITS, WHOLE)
+    if not member.is_shard:
+        entry.update(made)
+        entry[name] = own
+        entry.pop(other, None)
+        return
+    for key, value in {**made, name: own}.items():
+        present: Any = entry.get(key)
+        if parameters.local(present) is value:
+            continue
+        is_part = key == name or (kind.elementwise and key in kind.states and torch.is_tensor(value))
+        entry[key] = member.wrap(value) if is_part else value
+    entry.pop(other, None)
