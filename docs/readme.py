@@ -1,8 +1,8 @@
 """Run the commands of README.md and check that they print what it shows, or write that anew with ``--write``.
 
-A transcript is a code block after ``<!-- transcript: FOLDER, PART -->``. Its lines that begin with "$ " are run in that folder of
-the checkout, as they stand; below each stands a part of what it prints: ``all`` of it, the ``log`` records of the policy, or the
-``last`` paragraph. Times, sizes, losses and speeds may differ, and percentages by two points.
+A transcript is a code block after ``<!-- transcript: FOLDER, PART -->``. Its lines that begin with "$ " are run in that folder
+of the checkout, as they stand; below each stands a part of what it prints: ``all`` of it, the ``log`` records of the policy, or
+the ``last`` paragraph. Times, sizes, losses and speeds may differ, and percentages by two points.
 """
 
 import os
