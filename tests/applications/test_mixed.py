@@ -18,7 +18,7 @@ def plain_training(application):
 @pytest.mark.parametrize("how", ["plain", "compiled", "functional", "lazy"])
 def test_supplied(plain_training, how):
     """Whatever calls the model first; and an exported program is as it would be without the policy."""
-    run = plain_training(MIXED, f"how={how}")
+    run = plain_training(MIXED, f"how={how}", "exports=true")
     assert run.log.splitlines()[-1].endswith(SUPPLIED)
     assert "OUTSIDE torch.float32 ROUNDED True" in run.out
     assert "CALL IS TORCH'S True" in run.out
