@@ -279,7 +279,8 @@ def _has_hooks(module: nn.Module) -> bool:
     """Whether torch runs hooks around the module's ``forward``."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return True
-    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]  # torch gives it none
+    everybodys = nn.modules.module
+    return bool(everybodys._global_forward_pre_hooks or everybodys._global_forward_hooks)
 
 
 def _models_in(module: nn.Module) -> Iterator[nn.Module]:

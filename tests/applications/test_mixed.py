@@ -1,6 +1,7 @@
 """``mixed`` in applications that know nothing of it, each run as its users do."""
 
 import re
+import sys
 
 import pytest
 from conftest import CONFIG
@@ -119,7 +120,7 @@ FINE_TUNING = ["loop", "accumulation", "trainer", "accelerate", "lightning_autom
 @pytest.fixture
 def fine_tuning(application, checkpoint):
     make = application("fine_tuning")
-    return lambda *arguments: make(f"model.pretrained_model_name_or_path={checkpoint}", *arguments)
+    return lambda *arguments, **kwargs: make(f"model.pretrained_model_name_or_path={checkpoint}", *arguments, **kwargs)
 
 
 @pytest.mark.parametrize("way", FINE_TUNING)
@@ -149,7 +150,7 @@ def test_where_it_is_there_already(fine_tuning, way, by):
 
 
 def test_in_a_process_that_the_job_starts(fine_tuning):
-    assert "INSIDE torch.bfloat16" in fine_tuning(MIXED, "way=spawned").out
+    assert "INSIDE torch.bfloat16" in fine_tuning(MIXED, "way=spawned", python=sys.executable).out
 
 
 def test_swept(fine_tuning):
