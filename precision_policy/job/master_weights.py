@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from precision_policy.estimate import parameters
@@ -163,14 +164,17 @@ class MasterWeights(Listener):
             rest = []
             plan.looks.append([_look_at(param) for param in group["params"]])
             for param in group["params"]:
-                if param.grad is None:
+                grad = param.grad
+                if grad is None:
                     continue
-                refusal = _refusal_of(param)
-                if refusal is None:
-                    member = known.get(id(param))
-                    if member is None or not member.fits(param, number):
-                        member = known[id(param)] = Member(param, number)
+                member = known.get(id(param))
+                if member is not None and grad.layout is torch.strided and member.fits(param, number):
                     occurrences.append(member)
+                    continue
+                refusal = _refusal_of(param, grad)
+                if refusal is None:
+                    known[id(param)] = Member(param, number)
+                    occurrences.append(known[id(param)])
                     continue
                 if refusal is not _STORED_WIDE:
                     plan.refused[refusal] += 1
@@ -282,16 +286,17 @@ def _refusal(optimizer: Optimizer) -> str | None:
     return None
 
 
-def _refusal_of(param: torch.Tensor) -> str | None:
-    """Why a parameter that has a gradient is left to torch; None where it gets a master weight."""
-    if param.dtype is torch.float16:
+def _refusal_of(param: torch.Tensor, grad: torch.Tensor) -> str | None:
+    """Why a parameter is left to torch; None where it gets a master weight."""
+    dtype = param.dtype
+    if dtype is torch.float16:
         return _FP16
-    if param.dtype is not torch.bfloat16:
+    if dtype is not torch.bfloat16:
         return _STORED_WIDE
-    if param.grad is not None and param.grad.layout is not torch.strided:
+    if grad.layout is not torch.strided:
         return _SPARSE
-    kind: Any = type(parameters.local(param))
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    kind: Any = type(param)
+    if kind is not nn.Parameter and type(parameters.local(param)).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return _SUBCLASS
     return None
 

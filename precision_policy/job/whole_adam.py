@@ -72,9 +72,9 @@ class WholeAdam:
         others = []
         together: dict[tuple[int, torch.device], list[_Row]] = {}
         for member in members:
-            grad = grad_of(member)
+            grad = grad_of(member) if member.is_shard else member.param.grad
             row = self._row(optimizer, member)
-            if row is None or not member.is_dense or grad.dtype is not torch.bfloat16:
+            if row is None or grad is None or not member.is_dense or grad.dtype is not torch.bfloat16:
                 others.append(member)
                 continue
             if grad.stride() != member.stride:
