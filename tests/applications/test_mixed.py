@@ -120,7 +120,7 @@ FINE_TUNING = ["loop", "accumulation", "trainer", "accelerate", "lightning_autom
 @pytest.fixture
 def fine_tuning(application, checkpoint):
     make = application("fine_tuning")
-    return lambda *arguments, **kwargs: make(f"model.pretrained_model_name_or_path={checkpoint}", *arguments, **kwargs)
+    return lambda *arguments, **kwargs: make(*arguments, f"model.pretrained_model_name_or_path={checkpoint}", **kwargs)
 
 
 @pytest.mark.parametrize("way", FINE_TUNING)
