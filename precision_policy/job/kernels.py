@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -105,6 +106,8 @@ def adam(
         fused: whether they shrink as by torch's fused kernel. Otherwise torch multiplies them by ``1 - lr * weight_decay`` in
             fp32, which rounds 1 - 1e-7 to 1 - 1.2e-7.
     """
+    if fused:  # torch's kernel has the decays in fp32, and 1 - beta of these
+        beta1, beta2 = struct.unpack("ff", struct.pack("ff", beta1, beta2))
     launch, table = _prepare([values, lows, gradients, exp_avgs, exp_avg_sqs])
     count = _count(steps, table.device).double() + 1  # in fp32, 1 - 0.999 would be wrong in the fifth digit
     corrections = torch.stack([1 - beta1**count, (1 - beta2**count).sqrt()]).float()
