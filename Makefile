@@ -9,17 +9,18 @@ export OMP_NUM_THREADS = 1
 OLDEST_PYTHON ?= $(shell for python in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
 	if $$python -c "" 2> /dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help lint test test-all test-heavy test-oldest demo bench readme readme-write mutants nightly clean
+.PHONY: help lint test test-all test-heavy test-oldest demo bench readme readme-write tables mutants nightly clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-lint:  ## ruff, mypy, and whether the oldest Python could read it
+lint:  ## ruff, mypy, whether Python 3.10 has what is used, and whether the pages' tables are those of docs/evidence
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/vermin --target=3.10- --violations --no-tips precision_policy hydra_plugins conf examples
+	.venv/bin/python docs/tables.py --check
 
 test:  ## lint, type-check and test with Hydra 1.3.8 and 1.4.0rc3: about 15 minutes on 2 cores
 test: lint .venv/ready .venv-1.4/ready
@@ -50,6 +51,11 @@ readme: .venv/ready
 
 readme-write: .venv/ready
 	.venv/bin/python docs/readme.py --write
+
+tables:  ## write tables and pictures of the pages from docs/evidence/*.csv
+tables: .venv/ready
+	.venv/bin/python docs/tables.py
+	.venv/bin/python benchmarks/plots.py
 
 bench:  ## what the policy costs; ratios within one run
 bench: .venv/ready
