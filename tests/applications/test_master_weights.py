@@ -200,7 +200,7 @@ def test_trainer_loads_its_best_model(application, optim):
     after = load(trainer, "after.pt")["weights"]
     for name, weights in expected.items():
         assert bits(after[name]) == bits(weights)
-    assert steps_and_wrong(run) == [(8, 0)]
+    assert steps_and_wrong(run) == [(2, 0)]
 
 
 @pytest.mark.parametrize("module", ["Automatic", "Manual"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 import weakref
 
 import torch
@@ -86,6 +87,12 @@ def master_weights(cfg):
         events.end()
 
 
+def say(text):
+    """Print a line in one piece, also where torchrun has made the output of its ranks unbuffered."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def full(tensor):
     """All of a DTensor; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -131,11 +138,12 @@ class Referee:
         finally:
             for hook in hooks:
                 hook.remove()
-        print(f"REFEREE {self.steps} steps, {self.wrong} wrong")
+        say(f"REFEREE {self.steps} steps, {self.wrong} wrong")
 
     def forget(self):
         """Begin anew with what the weights and states are at the next step."""
         self._twins.clear()
+        self.steps = 0
 
     @torch.compiler.disable
     def _before(self, optimizer, args, kwargs):
@@ -155,10 +163,10 @@ class Referee:
             for name, value in entry.items():
                 if name in (LOW_BITS, "master_param"):
                     continue
-                value = copy.deepcopy(value)
-                if torch.is_tensor(value) and value.dtype is torch.bfloat16:
-                    value = value.float()
-                twin.state[copies[param]][name] = value
+                its = copy.deepcopy(value)
+                if torch.is_tensor(its) and its.dtype is torch.bfloat16:
+                    its = its.float()
+                twin.state[copies[param]][name] = its
         self._twins[optimizer] = twin, copies
 
     @torch.compiler.disable

@@ -1,5 +1,6 @@
 """Trains on several ranks, or on one, and makes distributed checkpoints."""
 
+import hashlib
 import os
 import sys
 import warnings
@@ -8,8 +9,9 @@ import hydra
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import Referee, batch_of, full, make_net, master_weights
+from common import Referee, batch_of, full, make_net, master_weights, say
 from hydra.utils import get_class, instantiate
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,7 +36,7 @@ def spread(model, way):
 
 
 def make_optimizer(cfg, model):
-    params = list(model.parameters())
+    params = [param for param in model.parameters() if param.dim() > 1 or not cfg.matrices]
     if cfg.way != "zero":
         return instantiate(cfg.optimizer)(params)
     chosen = {name: value for name, value in cfg.optimizer.items() if not name.startswith("_")}
@@ -73,7 +75,7 @@ def resume(cfg, model, optimizer):
         states = torch.load(cfg.resume) if dist.get_rank() == 0 else {"model": {}, "optimizer": {}}
     else:
         states = states_of(model, optimizer, options)
-        dcp.load(states, checkpoint_id=cfg.resume)
+        dcp.load(states, checkpoint_id=cfg.resume, planner=DefaultLoadPlanner(allow_partial_load=cfg.partial))
     set_model_state_dict(model, states["model"], options=options)
     set_optimizer_state_dict(model, optimizer, states["optimizer"], options=options)
 
@@ -84,6 +86,12 @@ def whole_result(cfg, model, optimizer):
         optimizer.consolidate_state_dict(to=0)
         states = optimizer.state_dict() if dist.get_rank() == 0 else {}
         return {"weights": model.module.state_dict(), "states": states.get("state")}
+    if cfg.way.startswith("fsdp1"):
+        # get_model_state_dict gives freed memory on a CPU, in torch 2.13.
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+        states = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+        return {"weights": weights, "states": states["state"]}
     states = states_of(model, optimizer, StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {"weights": states["model"], "states": states["optimizer"].get("state"), "own": own_states(optimizer)}
 
@@ -98,23 +106,34 @@ def own_states(optimizer):
     return kinds
 
 
+def digest(model):
+    """The bits of this rank's weights, those of whole DTensors."""
+    found = hashlib.sha256()
+    for param in model.parameters():
+        found.update(full(param.detach()).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="ranks")
 def main(cfg):
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    with master_weights(cfg), Referee().watching():
-        model = spread(make_net(), cfg.way)
+    with master_weights(cfg), Referee().watching() as referee:
+        model = make_net()
+        if not cfg.frozen:
+            model.requires_grad_(True)
+        model = spread(model, cfg.way)
         optimizer = make_optimizer(cfg, model)
         if cfg.resume:
             resume(cfg, model, optimizer)
+            referee.forget()  # torch has made a step to know which states there are
         for number in range(cfg.first, cfg.first + cfg.steps):
             batch = number if cfg.same_data else number * ranks + rank
             model(**batch_of(batch))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
-        weights = torch.cat([full(param.detach()).flatten() for param in model.parameters()])
-        print(f"RANK {rank} {weights.double().sum().item()!r}")
+        say(f"WEIGHTS {digest(model)}")
         if cfg.save:
             save(cfg, model, optimizer)
         result = whole_result(cfg, model, optimizer)

@@ -28,7 +28,7 @@ def main(cfg):
         trainer.train(resume_from_checkpoint=cfg.resume)
         torch.save(result_of(model, trainer.optimizer), cfg.result)
         if arguments.load_best_model_at_end:
-            print("BEST", trainer.state.best_model_checkpoint)
+            print(f"BEST {trainer.state.best_model_checkpoint}")
             referee.forget()
             step_in_place(model, trainer.optimizer)
             torch.save(result_of(model, trainer.optimizer), "after.pt")
