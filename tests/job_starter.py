@@ -117,9 +117,10 @@ def become(job, number):
 
 
 def finish(status):
-    """End this process as an interpreter ends, but for taking down the modules: that costs more than most jobs."""
+    """End this process as an interpreter ends, but for taking down all other modules: that costs more than most jobs."""
     threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
+    del sys.modules["__main__"]
     gc.collect()  # what the application has made goes now, by its destructors
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,6 +6,7 @@ Nothing here reads a config or knows of Hydra or torch. ``applying.py`` gathers 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from precision_policy.composition.model_node import DtypeKey, Model
 from precision_policy.composition.optimizer_node import ConfiguredOptimizer
@@ -63,7 +64,7 @@ def decide(facts: Facts) -> Decision:
         why = f"`{facts.optimizer_path}` does not name its optimizer"
         return Decision("not_torch_optim", None, None, None, f"{why}{watched}{anyway}", fix)
     if not optimizer.is_torch_optim:
-        why = f"{optimizer} is not from torch.optim and may keep an fp32 master copy of its own"
+        why = f"{optimizer} is no optimizer of torch.optim and may keep an fp32 master copy of its own"
         return Decision("not_torch_optim", None, None, None, f"{why}{anyway}", fix)
 
     for key in model.keys:
@@ -85,12 +86,20 @@ def _chosen(key: DtypeKey, settings: Settings) -> Decision:
         way = "" if stores_fp32 is None else f"{key.override}={yaml_word(stores_fp32)}"
     else:
         stored_in_fp32 = is_fp32(key.value)
-        spelled = settings.storage_dtype if "storage_dtype" in settings.chosen else fp32_like(key.value)
-        way = f"{key.override}={spelled or settings.storage_dtype}" if not key.takes_no_name else ""
+        way = "" if key.takes_no_name else f"{key.override}={_fp32_for(key, settings)}"
     start = key.unreadable or f"{key.path}={yaml_word(key.value)} was chosen and"
     other = f" (fp32 storage: {way})" if way and not stored_in_fp32 else ""
     why = f"{start} stays as it is{other}"
     return Decision("explicit_dtype", key.path, key.value, key.value, why, way, fp32=stored_in_fp32)
+
+
+def _fp32_for(key: DtypeKey, settings: Settings) -> Any:
+    """How fp32 is spelled where this value stands: as the user said, else as the value itself does."""
+    if is_fp32(key.value):
+        return key.value
+    if "storage_dtype" in settings.chosen:
+        return settings.storage_dtype
+    return fp32_like(key.value) or settings.storage_dtype
 
 
 def _unchosen(key: DtypeKey, model: Model, optimizer: ConfiguredOptimizer, settings: Settings) -> Decision:
@@ -99,8 +108,7 @@ def _unchosen(key: DtypeKey, model: Model, optimizer: ConfiguredOptimizer, setti
     keeps_none = f"{optimizer} keeps no fp32 master copy"
     loads = model.loads_checkpoint_dtype or key.value == "auto"
     if not settings.write:
-        instead = "the job is to keep master weights" if settings.master_weights else "this option only warns"
-        why = f"{keeps_none}, but {instead} (fp32 storage: {fix})"
+        why = f"{keeps_none}; write=false leaves the config as it is (fp32 storage: {fix})"
         return Decision("warn_only", key.path, key.value, key.value, why, fix, loads_checkpoint_dtype=loads)
     why = f"{keeps_none} (keep bf16: {key.override}={BF16_FOR_FP32[str(settings.storage_dtype)]})"
     if key.pointed_at:

@@ -151,7 +151,8 @@ def _why_none_can_be_added(node: DictConfig, parent: DictConfig | None, name: st
     if is_named or (target is not None and targets.reads_torch_dtype(target)):
         return ""
     how = "if it reads one, name the key: precision_policy.dtype_key=NAME"
-    return f"{where} has no dtype key, and its target is not known to read one ({how})"
+    known = "no target that is known to read one" if target is None else "its target is not known to read one"
+    return f"{where} has no dtype key, and {known} ({how})"
 
 
 def _nothing_answers(model: DictConfig, key: str) -> SettingError:

@@ -64,16 +64,24 @@ class Call:
         assert module is not None  # it is being called
         if call is None:
             call = module._call_impl  # what torch itself calls where the slot is empty
-        if is_exporting() or (not torch.compiler.is_compiling() and getattr(_CHECKS, "now", False)):
+        if torch.compiler.is_compiling():
+            return self._in_graph(call, args, kwargs)
+        if torch._C._get_tracing_state() is not None or getattr(_CHECKS, "now", False):
             return call(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch gives it none
         is_under_autocast = torch.is_autocast_enabled(self._device_type)
-        if not torch.compiler.is_compiling() and self.notes:  # in this order: a graph would depend on what comes second
+        if self.notes:
             self.saw_autocast |= is_under_autocast
             self.has_supplied |= self.supplies and not is_under_autocast
         if is_under_autocast or not self.supplies:
             return call(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch gives it none
-        if self.inner is None and not torch.compiler.is_compiling() and _has_hooks(module):
+        if self.inner is None and _has_hooks(module):
             return self._inside_hooks(module, args, kwargs)
+        return under_autocast(self._device_type, call, args, kwargs)
+
+    def _in_graph(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Nothing is noted here: what is traced would become a part of the graph, or the graph depend on it."""
+        if is_exporting() or torch.is_autocast_enabled(self._device_type) or not self.supplies:
+            return call(*args, **kwargs)
         return under_autocast(self._device_type, call, args, kwargs)
 
     def _inside_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,17 +111,16 @@ class _Forward:
     """A module's ``forward`` under autocast; a copy that is made during the call gets the copied module's own one."""
 
     def __init__(self, forward: Callable[..., Any], device_type: str) -> None:
-        functools.update_wrapper(self, forward, updated=())
-        self._forward = forward
+        self.__wrapped__ = forward  # whoever asks for the signature gets that of this one
         self._device_type = device_type
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled(self._device_type):  # forward that calls itself
-            return self._forward(*args, **kwargs)
-        return under_autocast(self._device_type, self._forward, args, kwargs)
+            return self.__wrapped__(*args, **kwargs)
+        return under_autocast(self._device_type, self.__wrapped__, args, kwargs)
 
     def __reduce__(self) -> Any:
-        return functools.partial, (self._forward,)
+        return functools.partial, (self.__wrapped__,)
 
 
 def under_autocast(device_type: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,7 +141,7 @@ def in_fp32(output: Any) -> Any:
     how it is made.
     """
     if isinstance(output, torch.Tensor):
-        return _widened(output)
+        return output.float() if output.dtype is torch.bfloat16 else output
     leaves = pytree.tree_leaves(output, is_leaf=_may_have_a_constructor)
     widened = [_widened(leaf) for leaf in leaves]
     if all(old is new for old, new in zip(leaves, widened, strict=True)):
@@ -270,8 +277,10 @@ def _put_back(module: nn.Module, name: str, before: Any) -> None:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether torch runs hooks around the module's ``forward``."""
-    own = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return bool(own) or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]  # torch gives it none
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return True
+    everybodys = nn.modules.module
+    return bool(everybodys._global_forward_pre_hooks or everybodys._global_forward_hooks)
 
 
 def _models_in(module: nn.Module) -> Iterator[nn.Module]:

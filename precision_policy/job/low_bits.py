@@ -51,13 +51,15 @@ def round_off(weights: torch.Tensor, room: torch.Tensor) -> None:
     """Leave in ``room`` the bits of the rounded weights, as int32; the low bits are then the lower half of ``weights``.
 
     A NaN becomes bf16's own NaN with no low bits: the NaN that CUDA's arithmetic makes would round to zero. Otherwise the
-    weights stay as they are.
+    weights stay as they are. Nothing here takes memory, so that it cannot run out at this point.
     """
     bits = weights.view(torch.int32)
     high = room.view(torch.int32)
     # One pass on a CPU, where looking is cheap; on a GPU, looking would make the host wait.
     if not weights.is_cpu or not math.isfinite(weights.sum()):
-        bits.masked_fill_(weights.isnan(), _NAN)
+        is_nan = room.view(torch.bool)[: len(weights)]
+        torch.ne(weights, weights, out=is_nan)
+        bits.masked_fill_(is_nan, _NAN)
     torch.add(bits, _HALF, out=high)
     high.bitwise_right_shift_(16)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from precision_policy.estimate import parameters
@@ -154,20 +155,26 @@ class MasterWeights(Listener):
         before = self._plans.get(optimizer)
         if before is None:
             before = _Plan.for_class(type(optimizer))
+        elif before.is_for(optimizer.param_groups):
+            return before
         known = {id(member.param): member for member in before.members}
         plan = _Plan(before.kind, before.whole_adam)
         occurrences = []
         for number, group in enumerate(optimizer.param_groups):
             rest = []
+            plan.looks.append([_look_at(param) for param in group["params"]])
             for param in group["params"]:
-                if param.grad is None:
+                grad = param.grad
+                if grad is None:
                     continue
-                refusal = _refusal_of(param)
-                if refusal is None:
-                    member = known.get(id(param))
-                    if member is None or not member.fits(param, number):
-                        member = known[id(param)] = Member(param, number)
+                member = known.get(id(param))
+                if member is not None and grad.layout is torch.strided and member.fits(param, number):
                     occurrences.append(member)
+                    continue
+                refusal = _refusal_of(param, grad)
+                if refusal is None:
+                    known[id(param)] = Member(param, number)
+                    occurrences.append(known[id(param)])
                     continue
                 if refusal is not _STORED_WIDE:
                     plan.refused[refusal] += 1
@@ -223,6 +230,7 @@ class _Plan:
         rest: for each parameter group, those that torch steps as they are.
         refused: for each reason, how many of these are of 16 bits.
         pieces: of the members, where they can be used again.
+        looks: what it was made from: for each parameter group, what was seen of its parameters.
     """
 
     kind: Kind
@@ -231,12 +239,42 @@ class _Plan:
     rest: list[list[torch.Tensor]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     pieces: list[list[Piece]] | None = None
+    looks: list[list[_Look]] = field(default_factory=list)
 
     @classmethod
     def for_class(cls, kind: type[Optimizer]) -> _Plan:
         """An empty plan for an optimizer of this class."""
         known = kind_of(kind)
         return cls(known, WholeAdam(known))
+
+    def is_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the parameters are as they were when the plan was made. It is asked at each step, so it is quick."""
+        if len(groups) != len(self.looks):
+            return False
+        for group, looks in zip(groups, self.looks, strict=True):
+            params = group["params"]
+            if len(params) != len(looks):
+                return False
+            for param, look in zip(params, looks, strict=True):
+                seen, dtype, shape, stride, device, layout_of_grad = look
+                if param is not seen or param.dtype is not dtype:
+                    return False
+                grad = param.grad
+                if layout_of_grad is not (None if grad is None else grad.layout):
+                    return False
+                # A DTensor's part is looked at when it is stepped.
+                if param.shape != shape or param.stride() != stride or param.device != device:
+                    return False
+        return True
+
+
+# Of a parameter: itself, its dtype, shape, stride and device, and the layout of its gradient, None where it has none.
+_Look = tuple[Any, ...]
+
+
+def _look_at(param: torch.Tensor) -> _Look:
+    layout_of_grad = None if param.grad is None else param.grad.layout
+    return param, param.dtype, param.shape, param.stride(), param.device, layout_of_grad
 
 
 def _refusal(optimizer: Optimizer) -> str | None:
@@ -248,16 +286,17 @@ def _refusal(optimizer: Optimizer) -> str | None:
     return None
 
 
-def _refusal_of(param: torch.Tensor) -> str | None:
-    """Why a parameter that has a gradient is left to torch; None where it gets a master weight."""
-    if param.dtype is torch.float16:
+def _refusal_of(param: torch.Tensor, grad: torch.Tensor) -> str | None:
+    """Why a parameter is left to torch; None where it gets a master weight."""
+    dtype = param.dtype
+    if dtype is torch.float16:
         return _FP16
-    if param.dtype is not torch.bfloat16:
+    if dtype is not torch.bfloat16:
         return _STORED_WIDE
-    if param.grad is not None and param.grad.layout is not torch.strided:
+    if grad.layout is not torch.strided:
         return _SPARSE
-    kind: Any = type(parameters.local(param))
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    kind: Any = type(param)
+    if kind is not nn.Parameter and type(parameters.local(param)).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return _SUBCLASS
     return None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.variables import functions
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
@@ -23,6 +24,15 @@ Found = Callable[[nn.Module, Sequence[torch.Tensor], bool], None]
 # torch before 2.7 does not tell its export from other compilation; then what is not traced by torch.compile is one.
 _is_in_export: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
 
+
+def _takes_modules_as_constants() -> bool:
+    """Whether torch.compile hands a module on to what it calls while it traces: 2.13 does, 2.4 raises an error."""
+    convert = getattr(functions, "invoke_and_store_as_constant", None)
+    inner = convert.__code__.co_consts if convert is not None else ()
+    return any("UserDefinedObjectVariable" in getattr(code, "co_names", ()) for code in inner)
+
+
+_looks_in_graphs = _takes_modules_as_constants()
 _looking: list[Owners] = []
 _is_replaced = False
 _original_call: Callable[..., Any] = nn.Module.__call__
@@ -43,7 +53,8 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In the place of ``torch.nn.Module.__call__``."""
     if not is_exporting():
         if torch.compiler.is_dynamo_compiling():
-            _look_while_compiling(module)
+            if _looks_in_graphs:
+                _look_while_compiling(module)
         else:
             for owners in _looking:
                 owners.look(module)

@@ -75,7 +75,8 @@ class Member:
         row: what the step of all of Adam in one kernel keeps of it, for that step's own use.
         keeps_whole: whether its state holds a whole fp32 copy. FSDP1 with ``use_orig_params`` wants one dtype in a state.
         is_shard: whether it is a DTensor, of which this rank has a part.
-        layout: shape, stride and device of this rank's part.
+        shape, size, device: of this rank's part.
+        is_dense: whether that part fills a stretch of memory.
         stride: the stride of its leaf and of all its states: its own where it is dense.
     """
 
@@ -87,12 +88,13 @@ class Member:
         self.keeps_whole = parameters.has_unknown_size(param)
         value = self.value
         self.is_shard = value is not param
-        self.layout = layout(value)
         self.shape = value.shape
         self.size = value.numel()
         self.device = value.device
         self.is_dense = is_dense(value)
-        self.stride = value.stride() if self.is_dense else _contiguous_stride(value.shape)
+        self._own_stride = value.stride()
+        self.is_contiguous = value.is_contiguous()
+        self.stride = self._own_stride if self.is_dense else _contiguous_stride(value.shape)
 
     @property
     def value(self) -> torch.Tensor:
@@ -101,7 +103,12 @@ class Member:
 
     def fits(self, param: torch.Tensor, group: int) -> bool:
         """Whether this still describes a parameter: what was made for it can be used again."""
-        return self.param is param and self.group == group and self.layout == layout(self.value)
+        if self.param is not param or self.group != group or param.dtype is not torch.bfloat16:
+            return False
+        value = parameters.local(param) if self.is_shard else param
+        if value.shape != self.shape or value.device != self.device:
+            return False
+        return (self.is_contiguous and value.is_contiguous()) or value.stride() == self._own_stride
 
     def lay(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The same elements in this dtype, on the parameter's device, in the leaf's strides; a copy only where need be."""
@@ -138,6 +145,13 @@ class Piece:
     def __init__(self, members: list[Member], scratch: Scratch, part: slice | None = None, wraps: bool = False) -> None:
         self.members = members
         self.part = part
+        self._params = [member.param for member in members]
+        self._has_shards = any(member.is_shard for member in members)
+        # Whether each leaf's state is this rank's parameter's, and nothing needs to be made of it.
+        self.is_plain = not self._has_shards and not any(member.keeps_whole for member in members)
+        self._shapes = [member.shape for member in members]
+        self._strides = [member.stride for member in members]
+        self._are_contiguous = all(member.is_contiguous for member in members)
         offsets = []
         self.size = 0
         for member in members:
@@ -175,13 +189,36 @@ class Piece:
             flat.as_strided(member.shape, member.stride, offset) for member, offset in zip(self.members, offsets, strict=True)
         ]
 
+    def leaves_by_group(self) -> dict[int, list[torch.Tensor]]:
+        """The leaves as they stand in the parameter groups."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for member, leaf in zip(self.members, self.leaves, strict=True):
+            if member.group not in found:
+                found[member.group] = []
+            found[member.group] += [leaf] * member.times
+        return found
+
+    def has_layout(self, tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
+        """Whether there is a tensor for each member, that lies in memory as its leaf does."""
+        if any(tensor is None for tensor in tensors):
+            return False
+        present: Any = tensors
+        if {tensor.dtype for tensor in present} != {dtype} or [tensor.shape for tensor in present] != self._shapes:
+            return False
+        if self._are_contiguous:  # this tells in a third of the time
+            return all(tensor.is_contiguous() for tensor in present)
+        return [tensor.stride() for tensor in present] == self._strides
+
+    def _present_values(self) -> list[torch.Tensor]:
+        return [member.value for member in self.members] if self._has_shards else self._params
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This piece's part of a tensor that is laid as its one member is, flat; of a whole one all of it."""
         return _flat(tensor)[self.part] if self.part is not None else _flat(tensor)
 
     def join(self, lows: Sequence[torch.Tensor | None]) -> None:
         """Make the weights of the leaves: from the values in the model, and the low bits of each, where there are any."""
-        values = [member.value for member in self.members]
+        values = self._present_values()
         if self._kernels is not None and all(low is not None for low in lows):
             parts = [self.of(value) for value in values]
             self._kernels.join(parts, [self.of(low) for low in lows if low is not None], self.views)
@@ -197,26 +234,34 @@ class Piece:
                 if low is not None:
                     low_bits.join(_flat(view), _flat(low), torch.empty_like(_flat(view)))
             return
-        present = [(view, low) for view, low in zip(self._lows, lows, strict=True) if low is not None]
+        present = [low for low in lows if low is not None]
         if not present:
             return
+        views = self._lows
         if len(present) < len(lows):
             self._scratch.lows[: self.size].zero_()
-        torch._foreach_copy_([view for view, _ in present], [low for _, low in present])
+            views = [view for view, low in zip(views, lows, strict=True) if low is not None]
+        torch._foreach_copy_(views, present)
         low_bits.join(self._weights, self._scratch.lows[: self.size], self._room)
 
     def take_grads(self) -> None:
         """Give the leaves the parameters' gradients, in fp32."""
-        grads = [grad_of(member) for member in self.members]
+        grads: list[Any] = [member.param.grad for member in self.members]
+        if self._has_shards:
+            grads = [grad_of(member) for member in self.members]
         if self.part is not None:
             grads = [self.of(self.members[0].lay(grads[0], grads[0].dtype))]
         torch._foreach_copy_(self._grads, grads)
 
-    def round_off(self, kept: Sequence[torch.Tensor]) -> None:
-        """Make ready what :meth:`write` writes. The gradients are lost."""
+    def prepare_write(self, kept: Sequence[torch.Tensor]) -> None:
+        """Get the memory that writing needs, before anything is written."""
         if self._kernels is not None:
-            targets = [self.of(member.value) for member in self.members]
+            targets = [self.of(value) for value in self._present_values()]
             self._split = self._kernels.prepare_split(self.views, targets, [self.of(own) for own in kept])
+
+    def round_off(self) -> None:
+        """Make ready what :meth:`write` writes; it can be done again. The gradients are lost."""
+        if self._split is not None:
             return
         low_bits.round_off(self._weights, self._room)
         if not self._is_flat:
@@ -225,12 +270,11 @@ class Piece:
 
     def write(self, kept: Sequence[torch.Tensor]) -> None:
         """Write the rounded weights into the parameters, and what is kept of each into its place; it can be done again."""
+        values = self._present_values()
         if self._split is not None:
             self._split()
-            for member in self.members:
-                note_write(member.value)
+            note_writes(values)
             return
-        values = [member.value for member in self.members]
         if self._is_flat:
             low_bits.write(self._weights, self._room, self.of(values[0]), self.of(kept[0]))
             return
@@ -278,11 +322,6 @@ def elements_of(members: Iterable[Member]) -> int:
     return sum(_aligned(member.size) for member in members)
 
 
-def layout(value: torch.Tensor) -> tuple[Any, ...]:
-    """What a piece was made for: another one is needed where it has changed."""
-    return value.shape, value.stride(), value.device
-
-
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill a stretch of memory, each in a place of its own, in whatever order."""
     expected = 1
@@ -308,9 +347,13 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def note_write(tensor: torch.Tensor) -> None:
-    """Tell autograd that a kernel has written a tensor, as it would hear of an operation of torch's."""
-    torch.autograd.graph.increment_version(tensor)
+def note_writes(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that a kernel has written tensors, as it would hear of an operation of torch's."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # before torch 2.5 it took one tensor
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _aligned(size: int) -> int:
@@ -318,7 +361,7 @@ def _aligned(size: int) -> int:
 
 
 def grad_of(member: Member) -> torch.Tensor:
-    """This rank's part of a member's gradient."""
+    """This rank's part of a gradient, sharded as the parameter is."""
     grad: Any = member.param.grad
     param: Any = member.param
     if hasattr(grad, "placements") and grad.placements != param.placements:

@@ -36,18 +36,23 @@ def step_rest(optimizer: Optimizer, step: Step, rest: Sequence[Sequence[torch.Te
 
 def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> None:
     """Step the members of a piece, which are whole parameters."""
-    by_group: dict[int, list[torch.Tensor]] = {}
-    for member, leaf in zip(piece.members, piece.leaves, strict=True):
-        by_group.setdefault(member.group, []).extend([leaf] * member.times)
-    groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in by_group.items()]
-    entries = [entry_for_leaf(optimizer, member, kind) for member in piece.members]
+    groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in piece.leaves_by_group().items()]
+    entries = _ready_entries(optimizer, kind, piece)
+    is_ready = entries is not None
+    if entries is not None:
+        kept = [(entry[LOW_BITS], entry[LOW_BITS]) for entry in entries]
+    else:
+        entries = [entry_for_leaf(optimizer, member, kind) for member in piece.members]
+        kept = [kept_of(optimizer, member) for member in piece.members]
     state = defaultdict(dict, zip(piece.leaves, entries, strict=True))
-    kept = [kept_of(optimizer, member) for member in piece.members]
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
         _make_step(optimizer, step, [piece], groups, state, kept)
-    _write([piece], kept)
-    for member, entry, (_, own) in zip(piece.members, entries, kept, strict=True):
-        put_back(optimizer, member, kind, entry, own)
+    failure = _write([piece], kept)
+    if not is_ready:
+        for member, entry, (_, own) in zip(piece.members, entries, kept, strict=True):
+            put_back(optimizer, member, kind, entry, own)
+    if failure is not None:
+        raise failure
 
 
 def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Piece]) -> None:
@@ -58,7 +63,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
     kept = [kept_of(optimizer, member)]
     made: Entry = {}
 
-    def step_part(part: Piece) -> None:
+    def step_part(part: Piece) -> BaseException | None:
         # The last part takes the single numbers, such as `step`; those before it take copies of them, as they all count.
         own = _entry_of_part(part, kind, entry, copies_numbers=part is not parts[-1])
         groups = [{**group, "params": part.leaves * member.times}]
@@ -69,14 +74,14 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
                     if name not in made:
                         made[name] = member.new(torch.float32)
                     part.of(made[name]).copy_(own[name])
-        _write([part], kept)
         if part is parts[-1]:
             made.update({name: value for name, value in own.items() if name not in kind.states})
+        return _write([part], kept)
 
     failure: BaseException | None = None
     for part in parts:
         try:
-            step_part(part)
+            failure = step_part(part) or failure
         except BaseException as error:
             # The parts before this one have made the step. So this one and the rest make it as well, if they can, before the
             # application hears of it.
@@ -110,7 +115,7 @@ def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piec
     kept = [kept_of(optimizer, member) for member in members]
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
         _make_step(optimizer, step, pieces, groups, state, kept)
-    _write(pieces, kept)
+    failure = _write(pieces, kept)
     for member, leaf, (_, own) in zip(members, leaves, kept, strict=True):
         put_back(optimizer, member, kind, state.pop(leaf, {}), own)
     for key in others - set(state):
@@ -119,6 +124,8 @@ def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piec
     for group, its in zip(optimizer.param_groups, groups, strict=True):
         del its["params"]
         group.update(its)
+    if failure is not None:
+        raise failure
 
 
 # What is kept of a member beside the weight in the model: what it is joined with, and the tensor to write into.
@@ -138,22 +145,28 @@ def _make_step(
         step(optimizer)
     start = 0
     for piece in pieces:
-        piece.round_off([own for _, own in kept[start : start + len(piece.members)]])
+        piece.prepare_write([own for _, own in kept[start : start + len(piece.members)]])
         start += len(piece.members)
 
 
-def _write(pieces: Sequence[Piece], kept: Sequence[_Own]) -> None:
-    """Write what was made, all of it: where an interruption comes in between, once more from the start."""
+def _write(pieces: Sequence[Piece], kept: Sequence[_Own]) -> BaseException | None:
+    """Write what was made, all of it: where an exception comes in between, once more from the start. Nothing here needs memory.
+
+    Returns:
+        The exception, for the caller to raise when the states are put back as well.
+    """
     try:
         _write_once(pieces, kept)
-    except BaseException:
+    except BaseException as failure:
         _write_once(pieces, kept)
-        raise
+        return failure
+    return None
 
 
 def _write_once(pieces: Sequence[Piece], kept: Sequence[_Own]) -> None:
     start = 0
     for piece in pieces:
+        piece.round_off()
         piece.write([own for _, own in kept[start : start + len(piece.members)]])
         start += len(piece.members)
 
@@ -172,25 +185,62 @@ def _standing_in(optimizer: Optimizer, groups: list[Entry], state: Any) -> Itera
 @contextlib.contextmanager
 def _undone_on_failure(tensors: list[torch.Tensor]) -> Iterator[None]:
     """Give tensors their values back where something raises."""
-    copies = torch._foreach_mul(tensors, 1) if tensors else ()  # new ones, and one call where clone() takes one for each
+    numbers: list[torch.Tensor] = []
+    larger: list[torch.Tensor] = []
+    for tensor in tensors:
+        (larger if tensor.dim() else numbers).append(tensor)
+    # One call for all of them, where clone() would take one for each.
+    copied_numbers = torch.stack(numbers) if numbers else None
+    copies = torch._foreach_mul(larger, 1) if larger else ()
     try:
         yield
     except BaseException:
-        if tensors:
-            torch._foreach_copy_(tensors, copies)
+        if copied_numbers is not None:
+            torch._foreach_copy_(numbers, list(copied_numbers.unbind()))
+        if larger:
+            torch._foreach_copy_(larger, copies)
         raise
 
 
-def _changed_by_step(groups: Iterable[Entry], kind: Kind, entries: Iterable[Entry]) -> list[torch.Tensor]:
+def _changed_by_step(groups: Iterable[Entry], kind: Kind, entries: Sequence[Entry]) -> list[torch.Tensor]:
     """The states that a step which raises may leave changed. A fused one is a single kernel, but counts before that."""
-    is_fused = all(group.get("fused") for group in groups)
+    names = ("step", *kind.numbers)
+    if not all(group.get("fused") for group in groups):
+        names += kind.states
+    if not kind.is_known:
+        names = tuple({name for entry in entries for name in entry})
     changed = []
-    for entry in entries:
-        for name, value in entry.items():
-            may_change = not is_fused or name == "step" or name in kind.numbers
-            if may_change and torch.is_tensor(value) and value.is_floating_point():
-                changed.append(parameters.local(value))
-    return changed
+    for name in names:
+        values = [entry[name] for entry in entries if name in entry]
+        changed += [parameters.local(value) for value in values if isinstance(value, torch.Tensor)]
+    return [tensor for tensor in changed if tensor.is_floating_point()]
+
+
+def _ready_entries(optimizer: Optimizer, kind: Kind, piece: Piece) -> list[Entry] | None:
+    """The parameters' own states, where leaves can have these, because all is there that the step needs, as it needs it.
+
+    Then torch changes nothing but the values of tensors. So it is at nearly every step, and with ten thousand parameters it
+    takes as long to copy the dicts of their states as to step them.
+    """
+    if not kind.elementwise or not piece.is_plain:
+        return None
+    state = optimizer.state
+    entries = [state.get(member.param) for member in piece.members]
+    if None in entries:
+        return None
+    present: list[Any] = entries
+    if not piece.has_layout([entry.get(LOW_BITS) for entry in present], torch.bfloat16):
+        return None
+    is_stateless = True
+    for name in kind.states:
+        values = [entry.get(name) for entry in present]
+        if all(value is None for value in values):
+            continue
+        is_stateless = False
+        if not piece.has_layout(values, torch.float32):
+            return None
+    # A class that has made no state, as SGD without momentum, may make some at this step.
+    return None if is_stateless else present
 
 
 def entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:

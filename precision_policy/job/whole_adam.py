@@ -14,7 +14,7 @@ import torch
 from torch.optim import Adam, AdamW, Optimizer
 
 from precision_policy.job import swap
-from precision_policy.job.pieces import LOW_BITS, Member, grad_of, kernels_on, note_write
+from precision_policy.job.pieces import LOW_BITS, Member, grad_of, kernels_on, note_writes
 from precision_policy.job.torch_states import Kind, base_of
 
 
@@ -23,18 +23,24 @@ class _Row:
     """What the kernel reads and writes of one parameter.
 
     Attributes:
-        found: the entries of its state when the row was made. Where they are the same ones, the row holds still.
+        member: the parameter.
+        value: this rank's part of it.
         low: the low bits.
         exp_avg: the first moment.
         exp_avg_sq: the second moment.
         step: how many steps were made, as torch counts them.
+        found: the entries of its state when the row was made. Where they are the same ones, the row holds still.
+        grad: this rank's part of the gradient, for the time of the step.
     """
 
-    found: tuple[Any, ...]
+    member: Member
+    value: torch.Tensor
     low: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: torch.Tensor
+    found: tuple[Any, ...] = ()
+    grad: torch.Tensor | None = None
 
 
 class WholeAdam:
@@ -64,16 +70,17 @@ class WholeAdam:
     def step(self, optimizer: Optimizer, members: Sequence[Member]) -> list[Member]:
         """Step the members, and give back those that must be stepped in another way."""
         others = []
-        together: dict[tuple[int, torch.device], list[tuple[Member, _Row, torch.Tensor]]] = {}
+        together: dict[tuple[int, torch.device], list[_Row]] = {}
         for member in members:
-            grad = grad_of(member)
+            grad = grad_of(member) if member.is_shard else member.param.grad
             row = self._row(optimizer, member)
-            if row is None or not member.is_dense or grad.dtype is not torch.bfloat16:
+            if row is None or grad is None or not member.is_dense or grad.dtype is not torch.bfloat16:
                 others.append(member)
                 continue
             if grad.stride() != member.stride:
                 grad = member.lay(grad, torch.bfloat16)
-            together.setdefault((member.group, member.device), []).append((member, row, grad))
+            row.grad = grad
+            together.setdefault((member.group, member.device), []).append(row)
         for (number, device), rows in together.items():
             self._launch(optimizer, optimizer.param_groups[number], device, rows)
         return others
@@ -83,17 +90,18 @@ class WholeAdam:
         optimizer: Optimizer,
         group: dict[str, Any],
         device: torch.device,
-        rows: Sequence[tuple[Member, _Row, torch.Tensor]],
+        rows: Sequence[_Row],
     ) -> None:
         """Step parameters of one group and one device. Only what cannot fail comes after the kernel was started."""
         beta1, beta2 = group["betas"]
-        steps = [row.step for _, row, _ in rows]
+        values = [row.value for row in rows]
+        steps = [row.step for row in rows]
         kernels_on(device).adam(
-            [member.value for member, _, _ in rows],
-            [row.low for _, row, _ in rows],
-            [grad for _, _, grad in rows],
-            [row.exp_avg for _, row, _ in rows],
-            [row.exp_avg_sq for _, row, _ in rows],
+            values,
+            [row.low for row in rows],
+            [row.grad for row in rows],
+            [row.exp_avg for row in rows],
+            [row.exp_avg_sq for row in rows],
             steps,
             lr=float(group["lr"]),
             beta1=float(beta1),
@@ -104,10 +112,11 @@ class WholeAdam:
             fused=bool(group.get("fused")),
         )
         torch._foreach_add_(steps, 1)
-        for member, row, _ in rows:
-            note_write(member.value)
-            if member.row is not row:
-                self._keep(optimizer, member, row)
+        note_writes(values)
+        for row in rows:
+            row.grad = None
+            if row.member.row is not row:
+                self._keep(optimizer, row.member, row)
 
     def _keep(self, optimizer: Optimizer, member: Member, row: _Row) -> None:
         """Make a new row's tensors the parameter's state."""
@@ -120,8 +129,11 @@ class WholeAdam:
         """The row of a member; None where its state is not the one that Adam makes."""
         state = optimizer.state.get(member.param)
         known: _Row | None = member.row
-        if known is not None and state is not None and all(map(_is_same, _entries(state), known.found)):
-            return known
+        if known is not None and state is not None and known.value is member.value:
+            low_bits, exp_avg, exp_avg_sq, step = known.found
+            is_same = state.get(LOW_BITS) is low_bits and state.get("exp_avg") is exp_avg
+            if is_same and state.get("exp_avg_sq") is exp_avg_sq and state.get("step") is step:
+                return known
         entry: dict[Any, Any] = swap.entry_for_leaf(optimizer, member, self._kind)
         low, own = swap.kept_of(optimizer, member)
         if low is None:
@@ -131,7 +143,7 @@ class WholeAdam:
             step = torch.zeros((), dtype=torch.float32, device=member.device if is_fused else "cpu")
             exp_avg = member.new(torch.float32).zero_()
             exp_avg_sq = member.new(torch.float32).zero_()
-            return _Row((), own, exp_avg, exp_avg_sq, step)
+            return _Row(member, member.value, own, exp_avg, exp_avg_sq, step)
         found = [entry.get(name) for name in ("exp_avg", "exp_avg_sq", "step")]
         tensors = [value for value in found if torch.is_tensor(value) and value.dtype is torch.float32]
         if len(tensors) < len(found):
@@ -139,7 +151,7 @@ class WholeAdam:
         exp_avg, exp_avg_sq, step = tensors
         if exp_avg.shape != member.shape or exp_avg_sq.shape != member.shape or step.numel() != 1:
             return None
-        return _Row((), own, exp_avg, exp_avg_sq, step)
+        return _Row(member, member.value, own, exp_avg, exp_avg_sq, step)
 
 
 def _is_plain(group: dict[str, Any]) -> bool:
@@ -153,7 +165,3 @@ def _is_plain(group: dict[str, Any]) -> bool:
 def _entries(state: dict[Any, Any]) -> tuple[Any, ...]:
     """The entries of a parameter's state that a row is made of."""
     return state.get(LOW_BITS), state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step")
-
-
-def _is_same(found: Any, known: Any) -> bool:
-    return found is known

@@ -417,7 +417,8 @@ def slow(option: str, computed: str | None, device: str, device_type: str) -> st
         device: the device's name.
         device_type: its type, as ``torch.autocast`` takes it.
     """
-    times = f"about {3 if computed == 'TF32' else 7} times slower than in bf16, on an H200"
+    factor = 3 if computed == "TF32" else 7
+    times = f"about {factor} times slower than in bf16, on an H200"
     if computed:
         what = f"computed in {computed} on {device}: {times}"
     else:

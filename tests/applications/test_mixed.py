@@ -1,6 +1,7 @@
 """``mixed`` in applications that know nothing of it, each run as its users do."""
 
 import re
+import sys
 
 import pytest
 from conftest import CONFIG
@@ -18,7 +19,7 @@ def plain_training(application):
 @pytest.mark.parametrize("how", ["plain", "compiled", "functional", "lazy"])
 def test_supplied(plain_training, how):
     """Whatever calls the model first; and an exported program is as it would be without the policy."""
-    run = plain_training(MIXED, f"how={how}")
+    run = plain_training(MIXED, f"how={how}", "exports=true")
     assert run.log.splitlines()[-1].endswith(SUPPLIED)
     assert "OUTSIDE torch.float32 ROUNDED True" in run.out
     assert "CALL IS TORCH'S True" in run.out
@@ -119,7 +120,7 @@ FINE_TUNING = ["loop", "accumulation", "trainer", "accelerate", "lightning_autom
 @pytest.fixture
 def fine_tuning(application, checkpoint):
     make = application("fine_tuning")
-    return lambda *arguments: make(f"model.pretrained_model_name_or_path={checkpoint}", *arguments)
+    return lambda *arguments, **kwargs: make(*arguments, f"model.pretrained_model_name_or_path={checkpoint}", **kwargs)
 
 
 @pytest.mark.parametrize("way", FINE_TUNING)
@@ -149,7 +150,7 @@ def test_where_it_is_there_already(fine_tuning, way, by):
 
 
 def test_in_a_process_that_the_job_starts(fine_tuning):
-    assert "INSIDE torch.bfloat16" in fine_tuning(MIXED, "way=spawned").out
+    assert "INSIDE torch.bfloat16" in fine_tuning(MIXED, "way=spawned", python=sys.executable).out
 
 
 def test_swept(fine_tuning):

@@ -77,10 +77,14 @@ def test_the_order_of_the_rules(decide):
         ),
         (
             f"model: {{size: 1}}\n{ADAMW}",
-            "model has no dtype key, and its target is not known to read one (if it reads one, name the key: "
+            "model has no dtype key, and no target that is known to read one (if it reads one, name the key: "
             "precision_policy.dtype_key=NAME); the optimizer that the job builds is watched",
         ),
         (AUTO + ADAMW, "torch.optim.AdamW keeps no fp32 master copy (keep bf16: model.torch_dtype=bfloat16)"),
+        (
+            AUTO + "optimizer: lion",
+            "lion is no optimizer of torch.optim and may keep an fp32 master copy of its own (fp32 storage all the same: model.torch_dtype=float32)",
+        ),
     ],
 )
 def test_what_is_missing_is_one_plain_clause(decide, config, reason):

