@@ -12,6 +12,36 @@ bf16, int16, int32 = torch.bfloat16, torch.int16, torch.int32
 LOW_BITS = "master_low_bits"
 
 
+OPTIMIZERS = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=1e-2, foreach=False),
+    "Adam with weight decay, foreach": lambda params: torch.optim.Adam(params, lr=1e-2, weight_decay=0.1, foreach=True),
+    "Adam fused": lambda params: torch.optim.Adam(params, lr=1e-2, weight_decay=0.1, fused=True),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-4),
+    "AdamW single": lambda params: torch.optim.AdamW(params, lr=1e-4, foreach=False),
+    "AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    "AdamW amsgrad": lambda params: torch.optim.AdamW(params, lr=1e-3, amsgrad=True),
+    "AdamW fused amsgrad": lambda params: torch.optim.AdamW(params, lr=1e-3, amsgrad=True, fused=True),
+    "AdamW maximize": lambda params: torch.optim.AdamW(params, lr=1e-3, maximize=True),
+    "AdamW with a tensor for lr": lambda params: torch.optim.AdamW(params, lr=torch.tensor(1e-3), foreach=False),
+    "NAdam": lambda params: torch.optim.NAdam(params, lr=1e-3),
+    "RAdam": lambda params: torch.optim.RAdam(params, lr=1e-3),
+    "Adamax": lambda params: torch.optim.Adamax(params, lr=1e-3),
+    "Adadelta": lambda params: torch.optim.Adadelta(params),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, initial_accumulator_value=0.1),
+    "Adagrad fused": lambda params: torch.optim.Adagrad(params, fused=True),
+    "ASGD": lambda params: torch.optim.ASGD(params),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, momentum=0.9, centered=True),
+    "Rprop": lambda params: torch.optim.Rprop(params),
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-4),
+    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, weight_decay=0.1),
+    "SGD nesterov": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, nesterov=True, foreach=True),
+    "SGD fused": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, fused=True),
+    "Adafactor": lambda params: torch.optim.Adafactor(params),
+    "Muon": lambda params: torch.optim.Muon([param for param in params if param.dim() == 2]),
+}
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name.split()[0])}
+
+
 @pytest.fixture
 def serving():
     """Master weights, on for the time of a test."""

@@ -5,40 +5,11 @@ import copy
 import masters
 import pytest
 import torch
-from masters import assert_same, by_hand, fp32_copies, give_gradients, parameters
+from masters import OPTIMIZERS, assert_same, by_hand, fp32_copies, give_gradients, parameters
 from torch import nn
 
 bf16, int16, int32 = torch.bfloat16, torch.int16, torch.int32
 serving = masters.serving
-
-OPTIMIZERS = {
-    "Adam": lambda params: torch.optim.Adam(params, lr=1e-2, foreach=False),
-    "Adam with weight decay, foreach": lambda params: torch.optim.Adam(params, lr=1e-2, weight_decay=0.1, foreach=True),
-    "Adam fused": lambda params: torch.optim.Adam(params, lr=1e-2, weight_decay=0.1, fused=True),
-    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-4),
-    "AdamW single": lambda params: torch.optim.AdamW(params, lr=1e-4, foreach=False),
-    "AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
-    "AdamW amsgrad": lambda params: torch.optim.AdamW(params, lr=1e-3, amsgrad=True),
-    "AdamW fused amsgrad": lambda params: torch.optim.AdamW(params, lr=1e-3, amsgrad=True, fused=True),
-    "AdamW maximize": lambda params: torch.optim.AdamW(params, lr=1e-3, maximize=True),
-    "AdamW with a tensor for lr": lambda params: torch.optim.AdamW(params, lr=torch.tensor(1e-3), foreach=False),
-    "NAdam": lambda params: torch.optim.NAdam(params, lr=1e-3),
-    "RAdam": lambda params: torch.optim.RAdam(params, lr=1e-3),
-    "Adamax": lambda params: torch.optim.Adamax(params, lr=1e-3),
-    "Adadelta": lambda params: torch.optim.Adadelta(params),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, initial_accumulator_value=0.1),
-    "Adagrad fused": lambda params: torch.optim.Adagrad(params, fused=True),
-    "ASGD": lambda params: torch.optim.ASGD(params),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, momentum=0.9, centered=True),
-    "Rprop": lambda params: torch.optim.Rprop(params),
-    "SGD": lambda params: torch.optim.SGD(params, lr=1e-4),
-    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, weight_decay=0.1),
-    "SGD nesterov": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, nesterov=True, foreach=True),
-    "SGD fused": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9, fused=True),
-    "Adafactor": lambda params: torch.optim.Adafactor(params),
-    "Muon": lambda params: torch.optim.Muon([param for param in params if param.dim() == 2]),
-}
-OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name.split()[0])}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -147,7 +118,11 @@ def test_an_exception_leaves_each_parameter_with_the_whole_step_or_none(serving,
         number += 1
         params, optimizer = prepared()
         before = snapshot(params, optimizer)
-        keys, lists, gradients = list(optimizer.state), [group["params"] for group in optimizer.param_groups], [p.grad for p in params]
+        keys, lists, gradients = (
+            list(optimizer.state),
+            [group["params"] for group in optimizer.param_groups],
+            [p.grad for p in params],
+        )
         groups, state = optimizer.param_groups, optimizer.state
         mode = RaisesAt(number)
         try:
@@ -159,7 +134,10 @@ def test_an_exception_leaves_each_parameter_with_the_whole_step_or_none(serving,
             assert mode.left > 0
             break
         after = snapshot(params, optimizer)
-        outcome = tuple("none" if is_same(now, old) else "whole" if is_same(now, new) else "part" for now, old, new in zip(after, before, whole, strict=True))
+        outcome = tuple(
+            "none" if is_same(now, old) else "whole" if is_same(now, new) else "part"
+            for now, old, new in zip(after, before, whole, strict=True)
+        )
         assert "part" not in outcome, (number, outcome)
         outcomes.add(outcome)
         assert optimizer.param_groups is groups

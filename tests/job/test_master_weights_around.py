@@ -445,8 +445,13 @@ def test_what_it_adds_is_told_in_bytes(serving):
 
 def test_at_the_end_torch_goes_on_by_itself():
     """Classes are as they were; an optimizer that lives on has states of its parameters' dtype and no low bits."""
-    steps = {kind: kind.__dict__.get("step") for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam)}
-    loading = torch.optim.Optimizer.__dict__["load_state_dict"], torch.optim.Optimizer.__dict__["_process_value_according_to_param_policy"]
+    steps = {
+        kind: kind.__dict__.get("step") for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam)
+    }
+    loading = (
+        torch.optim.Optimizer.__dict__["load_state_dict"],
+        torch.optim.Optimizer.__dict__["_process_value_according_to_param_policy"],
+    )
     listener = MasterWeights()
     events = Events([listener], Speaker())
     events.start()
@@ -465,7 +470,10 @@ def test_at_the_end_torch_goes_on_by_itself():
         before = step.__wrapped__ if getattr(step, "hooked", False) else step
         assert now is step or raw is before or (step is None and raw.__module__.startswith("torch.optim."))
         assert not hasattr(raw, "__wrapped__") or raw.__wrapped__.__module__.startswith("torch.optim.")
-    assert loading == (torch.optim.Optimizer.__dict__["load_state_dict"], torch.optim.Optimizer.__dict__["_process_value_according_to_param_policy"])
+    assert loading == (
+        torch.optim.Optimizer.__dict__["load_state_dict"],
+        torch.optim.Optimizer.__dict__["_process_value_according_to_param_policy"],
+    )
     for optimizer in optimizers:
         for entry in optimizer.state.values():
             assert LOW_BITS not in entry
@@ -556,7 +564,7 @@ def test_kept_by_hand_too_late_or_in_vain(monkeypatch):
         precision_policy.keep_master_weights(late)
     with pytest.raises(TypeError, match="LBFGS cannot be served"):
         precision_policy.keep_master_weights(torch.optim.LBFGS([param]))
-    with pytest.raises(TypeError, match="Sam is no optimizer of torch.optim"):
+    with pytest.raises(TypeError, match=r"Sam is no optimizer of torch\.optim"):
         precision_policy.keep_master_weights(Sam([param], torch.optim.SGD, lr=0.1))
     never_started.end()
 
