@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from precision_policy.estimate.histogram import lost_updates
+    from precision_policy.job.master_weights import fp32_weights, keep_master_weights
     from precision_policy.precision_warnings import resolve_storage_dtype, warn_if_torch_adam_with_bf16_params
 
-__all__ = ["lost_updates", "resolve_storage_dtype", "warn_if_torch_adam_with_bf16_params"]
+__all__ = [
+    "fp32_weights",
+    "keep_master_weights",
+    "lost_updates",
+    "resolve_storage_dtype",
+    "warn_if_torch_adam_with_bf16_params",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from precision_policy.estimate.histogram import lost_updates
 
         return lost_updates
+    if name in ("fp32_weights", "keep_master_weights"):
+        from precision_policy.job import master_weights
+
+        return getattr(master_weights, name)
     if name in __all__:
         from precision_policy import precision_warnings
 
