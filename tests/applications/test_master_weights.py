@@ -8,7 +8,7 @@ import torch
 pytestmark = pytest.mark.once
 
 # How an application's master weights are switched on and off.
-WITH = ["arm=true"]
+WITH = ["arm=false", "+precision_policy=master_weights"]
 WITHOUT = ["arm=false"]
 
 OPTIMIZERS = {
