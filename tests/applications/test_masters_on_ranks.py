@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import torchrun
-from test_master_weights import OPTIMIZERS, WITH, WITHOUT, bits, load, steps_and_wrong
+from test_masters_in_frameworks import OPTIMIZERS, WITH, WITHOUT, bits, load, steps_and_wrong
 
 pytestmark = pytest.mark.once
 
