@@ -6,6 +6,12 @@ LOST = "torch.optim.AdamW over bf16 weights"
 SUPPLIED = "autocast that the policy supplies"
 """Who makes bf16 compute, where the application does not."""
 
+UNSEEN = "called under no autocast or mixed precision"
+"""What is said of the compute where nobody was seen to choose another dtype than that of the storage."""
+
+NO_MASTERS = "; no master weights are kept, as nothing trainable is stored in bf16"
+"""What `mixed` adds where the first half of it sufficed."""
+
 
 def storage_set(key: str, before: str) -> str:
     """The line of a decision that sets fp32 storage."""
@@ -13,12 +19,14 @@ def storage_set(key: str, before: str) -> str:
 
 
 def trained(tensors: int, elements: int, computed: str, shard: bool = False) -> str:
-    """How the line of the first step ends, where all that is trained is stored in fp32."""
+    """What the line of the first step says of an optimizer where all that is trained is stored in fp32."""
     plural = "s" if tensors > 1 else ""
     of_the_shard = " of this rank's shard" if shard else ""
-    return f"{tensors} trainable tensor{plural}, {elements:,} elements{of_the_shard}: stored in fp32, {computed}"
+    return (
+        f"{tensors} trainable tensor{plural}, {elements:,} elements{of_the_shard}: stored in fp32, updated in fp32, {computed}"
+    )
 
 
 def not_as_asked(key: str, tensors: int) -> str:
-    """The start of the warning that fp32 was asked for and bf16 came."""
-    return f"WARNING precision_policy=on: {key}=float32 asked for fp32 storage, but {tensors} of {tensors} tensors came in bf16"
+    """The start of the line that fp32 was asked for and bf16 came."""
+    return f"INFO precision_policy=on: {key}=float32 asked for fp32 storage, but {tensors} of {tensors} tensors came in bf16"

@@ -6,11 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, environments_of_ranks, torchrun
-from words import LOST, SUPPLIED, storage_set, trained
+from words import LOST, NO_MASTERS, SUPPLIED, UNSEEN, storage_set, trained
 
 ELEMENTS = 64 * 64 + 64 + 64 + 64 + 64 * 10 + 10
 WAYS = ["ddp", "fsdp2", "fsdp2-bf16", "fsdp1", "fsdp1-orig"]
-CALLED_WITHOUT = "called under no autocast or mixed precision"
 
 
 @pytest.fixture
@@ -38,9 +37,9 @@ def parallel(application):
     ],
 )
 def test_bf16_storage(parallel, way, ranks, by_torchrun):
-    """One line, one warning; the counts are of the whole model, or say that they are not."""
+    """One warning between two lines; the counts are of the whole model, or say that they are not."""
     run = parallel(way, "+precision_policy=on", "model.torch_dtype=bfloat16", ranks=ranks, by_torchrun=by_torchrun)
-    assert run.levels == ["INFO", "WARNING"]
+    assert run.levels == ["INFO", "WARNING", "INFO"]
     if way == "fsdp1-orig":
         assert f"({ELEMENTS // 2:,} elements, of this rank's shard)" in run.out
     else:
@@ -60,7 +59,7 @@ SHARDED = [
 def test_zero_redundancy_optimizer_over_bf16(parallel):
     """Judged by what it shards: the AdamW inside, which has this rank's parameters alone."""
     run = parallel("ddp", *SHARDED, "model.torch_dtype=bfloat16")
-    assert run.levels == ["INFO", "WARNING"]
+    assert run.levels == ["INFO", "WARNING", "INFO"]
     assert f"WARNING precision_policy=on: {LOST}" in run.log
 
 
@@ -72,16 +71,20 @@ def test_zero_redundancy_optimizer_is_known(parallel):
     assert "WARNING" not in run.log
 
 
+def trained_by(way: str, computed: str) -> str:
+    """What the line of the first step says: FSDP1 makes one tensor of all, or gives each rank its part of each."""
+    shard = way == "fsdp1-orig"
+    return trained(1 if way == "fsdp1" else 6, ELEMENTS // 2 if shard else ELEMENTS, computed, shard)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("way", WAYS)
 def test_fp32_storage(parallel, way):
     """What the policy set stays fp32 in the optimizer's hands, a bf16 MixedPrecisionPolicy included: silence."""
     run = parallel(way, "+precision_policy=on")
     assert run.levels == ["INFO", "INFO"]
-    tensors = {"fsdp1": 1}.get(way, 6)
-    shard = way == "fsdp1-orig"
-    computed = {"ddp": "computed in fp32", "fsdp2-bf16": "computed in bf16 by FSDP's mixed precision"}.get(way, CALLED_WITHOUT)
-    assert run.log.endswith(trained(tensors, ELEMENTS // 2 if shard else ELEMENTS, computed, shard))
+    computed = {"fsdp2-bf16": "computed in bf16 by FSDP's mixed precision"}.get(way, UNSEEN)
+    assert run.log.endswith(trained_by(way, computed))
 
 
 @pytest.mark.once
@@ -95,7 +98,7 @@ def test_mixed(parallel, way):
         "ddp": f"computed in bf16 by {SUPPLIED}",
         "fsdp2-bf16": "computed in bf16 by FSDP's mixed precision",
     }
-    assert run.log.endswith(f"stored in fp32, {computed.get(way, f'called under {SUPPLIED}')}")
+    assert run.log.endswith(trained_by(way, computed.get(way, f"called under {SUPPLIED}")) + NO_MASTERS)
     assert f"OUTSIDE torch.{'bfloat16' if way == 'fsdp2-bf16' else 'float32'}" in run.out
 
 
