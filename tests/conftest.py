@@ -23,8 +23,8 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 # The application that most tests start.
-TRAIN = (APPS / "train/app.py").read_text()
-CONFIG = (APPS / "train/conf/config.yaml").read_text()
+TRAIN = (APPS / "bf16_weight/app.py").read_text()
+CONFIG = (APPS / "bf16_weight/conf/config.yaml").read_text()
 
 # Making the first optimizer imports torch._dynamo, which takes as long as torch does.
 IMPORTS = ["torch", "torch._dynamo", "hydra"]
@@ -175,7 +175,7 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
-# What `train` gets in a sweep, by option and by the dtype asked for: its dtype, the rule, the policy's INFO and WARNING lines.
+# What `bf16_weight` gets in a sweep, by option and by the dtype asked for: its dtype, the rule, the policy's INFO and WARNING lines.
 SWEPT = {
     ("on", "auto"): ("float32", "set", 2, 0),
     ("on", "bfloat16"): ("bfloat16", "explicit_dtype", 2, 1),
@@ -193,6 +193,7 @@ def check_sweep(train: App, *overrides: str, options=("on", "warn", "off")) -> N
     for number, job in enumerate(jobs):
         output = train.folder / f"sweep/{number}"
         config = yaml.safe_load((output / ".hydra/config.yaml").read_text())
+        assert set(config) == {"model", "optimizer"}
         decision = train.record(f"sweep/{number}")["decision"] or {}
         log = (output / "app.log").read_text() if (output / "app.log").exists() else ""
         levels = log.count("[precision_policy][INFO]"), log.count("[precision_policy][WARNING]")
@@ -233,7 +234,7 @@ def application(tmp_path, job_starter, heavy_starter):
 
 @pytest.fixture
 def app(tmp_path, job_starter):
-    """Make an application of a config and code: by default ``tests/apps/train``."""
+    """Make an application of a config and code: by default ``tests/apps/bf16_weight``."""
 
     def make(config: str = CONFIG, code: str = TRAIN, folder: str = "app") -> App:
         made = App(tmp_path / folder, job_starter)

@@ -22,7 +22,7 @@ def test_a_fork_is_told_and_ends_as_a_fresh_interpreter(application, end, status
 
 def test_the_log_of_a_fork(application):
     """The policy's lines and the job's config, of a job that runs and of one that stops."""
-    train = application("train")
+    train = application("bf16_weight")
     for words, status in ((["+precision_policy=on"], 0), (["+precision_policy=strict", "model.torch_dtype=bfloat16"], 1)):
         fork, fresh = train(*words, status=status), train(*words, status=status, python=sys.executable)
         assert fork.log

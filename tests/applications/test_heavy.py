@@ -9,7 +9,7 @@ pytestmark = pytest.mark.heavy
 
 def test_ray(application):
     """A sweep on a local Ray cluster: the job of each worker is decided, logged and watched like one of the basic launcher."""
-    check_sweep(application("train"), "hydra/launcher=ray")
+    check_sweep(application("bf16_weight"), "hydra/launcher=ray")
 
 
 def test_optuna(application):

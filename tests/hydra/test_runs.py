@@ -8,7 +8,7 @@ from textwrap import dedent
 import hydra
 import pytest
 import yaml
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, check_sweep
 
 LINE = (
     "INFO precision_policy=on: model.torch_dtype: auto -> float32: "
@@ -28,30 +28,18 @@ def test_run(application):
     assert LINE[5:] in (train.folder / "out/app.log").read_text()
 
 
-def check_sweep(train, *overrides):
-    """Sweep over the options and over the dtype, and look at each job's config and log."""
-    train("--multirun", "+precision_policy=on,warn,off", "model.torch_dtype=auto,bfloat16", *overrides)
-    logs = [(train.folder / f"sweep/{job}/app.log") for job in range(6)]
-    jobs = [yaml.safe_load((train.folder / f"sweep/{job}/.hydra/config.yaml").read_text()) for job in range(6)]
-    assert all(set(job) == {"model", "optimizer"} for job in jobs)
-    assert [job["model"]["torch_dtype"] for job in jobs] == ["float32", "bfloat16", "auto", "bfloat16", "auto", "bfloat16"]
-    saved = [yaml.safe_load((train.folder / f"sweep/{job}/.hydra/hydra.yaml").read_text()) for job in range(6)]
-    records = [hydra["hydra"]["precision_policy"] for hydra in saved]
-    rules = [(record["decision"] or {}).get("rule") for record in records]
-    assert rules == ["set", "explicit_dtype", "warn_only", "explicit_dtype", None, None]
-    texts = [log.read_text() if log.exists() else "" for log in logs]
-    assert [text.count("[precision_policy][INFO]") for text in texts] == [2, 2, 2, 2, 0, 0]
-    assert [text.count("[precision_policy][WARNING]") for text in texts] == [0, 1, 1, 1, 0, 0]
-
-
 @pytest.mark.parametrize(
-    "launcher",
-    [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]],
+    ("launcher", "options"),
+    [
+        ([], ["on", "warn", "off"]),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["on"]),
+        (["hydra/launcher=submitit_local"], ["on"]),
+    ],
     ids=["basic", "joblib", "submitit"],
 )
-def test_sweep(application, launcher):
+def test_sweep(application, launcher, options):
     """Every job of a sweep, in this process and in a launcher's worker; ``once`` is once per job."""
-    check_sweep(application("bf16_weight"), *launcher)
+    check_sweep(application("bf16_weight"), *launcher, options=options)
 
 
 def test_cfg_job(application):
