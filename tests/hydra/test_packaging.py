@@ -43,7 +43,7 @@ def composed(python: Path, folder: Path) -> str:
 @pytest.mark.parametrize("form", ["wheel", "sdist", "editable"])
 def test_install(form, built, tmp_path):
     """Each form is found by Hydra and decides."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv/bin/python"
     # torch and Hydra come from the environment that runs the tests, by a .pth file: installing them takes minutes. The
     # package itself is installed for real, and found before the one that is installed there.
@@ -55,7 +55,8 @@ def test_install(form, built, tmp_path):
     ).stdout.strip()
     mine = next((tmp_path / "venv/lib").glob("python*/site-packages"))
     what = ["-e", str(ROOT)] if form == "editable" else [str(built[form])]
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", *what], check=True, timeout=300)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+    subprocess.run([*install, *what], check=True, timeout=300)
     links = [
         p for p in Path(site).iterdir() if "precision_policy" not in p.name and p.suffix != ".pth" and p.name != "hydra_plugins"
     ]
