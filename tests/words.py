@@ -16,9 +16,11 @@ def trained(tensors: int, elements: int, computed: str, shard: bool = False) -> 
     """How the line of the first step ends, where all that is trained is stored in fp32."""
     plural = "s" if tensors > 1 else ""
     of_the_shard = " of this rank's shard" if shard else ""
-    return f"{tensors} trainable tensor{plural}, {elements:,} elements{of_the_shard}: stored in fp32, {computed}"
+    return (
+        f"{tensors} trainable tensor{plural}, {elements:,} elements{of_the_shard}: stored in fp32, updated in fp32, {computed}"
+    )
 
 
 def not_as_asked(key: str, tensors: int) -> str:
-    """The start of the warning that fp32 was asked for and bf16 came."""
-    return f"WARNING precision_policy=on: {key}=float32 asked for fp32 storage, but {tensors} of {tensors} tensors came in bf16"
+    """The start of the line that fp32 was asked for and bf16 came."""
+    return f"INFO precision_policy=on: {key}=float32 asked for fp32 storage, but {tensors} of {tensors} tensors came in bf16"
