@@ -164,33 +164,8 @@ def test_swept(fine_tuning):
     assert lines == ["called under no autocast or mixed precision", "computed in bf16 by autocast that the policy supplies"]
 
 
-def test_where_a_dtype_was_chosen_the_fix_gets_bf16_compute_too(fine_tuning):
-    """So it doubles no activations, which ``on`` has to say."""
-    assert (
-        "\n  fix: +model.dtype=float32  (activations double" in fine_tuning("+precision_policy=on", "+model.dtype=bfloat16").out
-    )
-    assert "\n  fix: +model.dtype=float32\n" in fine_tuning(MIXED, "+model.dtype=bfloat16").out
-    assert SUPPLIED in fine_tuning(MIXED, "+model.dtype=float32").log
-
-
-@pytest.mark.parametrize("kernels", ["flash_attention_2", "flash_attention_3"])
-def test_kernels_of_16_bits_are_told_before_the_run(compose, kernels):
-    config = f"model: {{torch_dtype: auto, attn_implementation: {kernels}}}\noptimizer: {{_target_: torch.optim.AdamW}}"
-    told = compose(config, "+precision_policy=on").precision_policy.decision.reason
-    assert told.endswith(
-        f"model.attn_implementation={kernels} takes 16 bits alone: the job must autocast, or use precision_policy=mixed"
-    )
-    assert kernels not in compose(config, MIXED).precision_policy.decision.reason
-
-
 @pytest.mark.parametrize("value", ["float16", "fp16", "torch.float16", "half"])
 def test_fp16_is_refused(app, value):
     run = app()("+precision_policy=on", f"precision_policy.compute_dtype={value}", status=1)
     assert "needs loss scaling, which only the application can do" in run.err
     assert "Traceback" not in run.err
-
-
-@pytest.mark.parametrize("value", ["bfloat16", "bf16", "torch.bfloat16"])
-def test_spellings(compose, value):
-    cfg = compose(CONFIG, "+precision_policy=on", f"precision_policy.compute_dtype={value}")
-    assert cfg.precision_policy.compute_dtype == "bfloat16"
