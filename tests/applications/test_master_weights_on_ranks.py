@@ -130,7 +130,7 @@ def fsdp2(listener, make):
     for param, copied in zip(params, copies, strict=True):
         assert torch.equal(weights[param].full_tensor(), copied.full_tensor())
         assert param.dtype is bf16
-        for name, value in optimizer.state[param].items():
+        for value in optimizer.state[param].values():
             if value.dim():
                 assert value.placements == param.placements
                 assert value.shape == param.shape
