@@ -1,117 +1,212 @@
-"""What fp32 storage costs with bf16 compute and without, on an application that knows nothing of the policy.
+"""What each way to train costs, and what loss it ends at, on an application that knows nothing of the policy.
 
-``python compute.py --out DIRECTORY [--small] [--only WORD] [--skip-loss]``: each row is one job, run as its user would.
+    python benchmarks/compute.py --out DIRECTORY [--only WORD ...] [--devices 0,1]   # a Llama of 1.1 B, on GPUs
+    python benchmarks/compute.py --out DIRECTORY --small                             # a tiny one, on a CPU
+
+Each row is one job, run as its user would run it, in a process of its own. The processes are forked from this one, which has
+imported torch and transformers, so that a row on a lent GPU is not mostly imports.
 """
 
 import argparse
 import csv
 import json
+import os
+import queue
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BF16_OPTIMIZERS = {
-    "optimi Kahan": ["optimizer._target_=optimi.AdamW", "~optimizer.fused"],
-    "optimi Kahan, Triton": ["optimizer._target_=optimi.AdamW", "~optimizer.fused", "+optimizer.triton=true"],
-    "torchao stochastic rounding": [
-        "optimizer._target_=torchao.optim._AdamW",
-        "~optimizer.fused",
-        "+optimizer.bf16_stochastic_round=true",
-    ],
-}
-POLICIES = {
-    "off": ["+precision_policy=off"],
+# Asks the driver's library and not CUDA, which a forked process could not use any more.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+WAYS = {
+    "bf16 as is": ["+precision_policy=off"],
     "on": ["+precision_policy=on"],
-    "on, own autocast": ["+precision_policy=on", "autocast=true"],
+    "fp32, own autocast": ["+precision_policy=on", "autocast=true"],
+    "fp32, own autocast, no cache": ["+precision_policy=on", "autocast=uncached"],
     "mixed": ["+precision_policy=mixed"],
+    "master_weights": ["+precision_policy=master_weights"],
+}
+RIVALS = {
+    "optimi AdamW, Kahan, Triton": ["optimizer._target_=optimi.AdamW", "~optimizer.fused", "+optimizer.triton=true"],
+    "FlashAdamW, 24 bits": ["optimizer._target_=flashoptim.FlashAdamW", "~optimizer.fused", "+optimizer.master_weight_bits=24"],
+    "FlashAdamW, 32 bits": ["optimizer._target_=flashoptim.FlashAdamW", "~optimizer.fused", "+optimizer.master_weight_bits=32"],
 }
 SHAPES = {
     "plain": [],
     "checkpointing": ["checkpointing=true"],
     "torch.compile(model)": ["compile=wrapper"],
-    "model.compile()": ["compile=in_place"],
 }
-EXPECTED = {"off": "", "on": "fp32", "on, own autocast": "bf16", "mixed": "bf16"}
+# What torch's own step updates, between a join and a split of the bits.
+OWN_STEP = {
+    "SGD, momentum": ["optimizer._target_=torch.optim.SGD", "+optimizer.momentum=0.9", "optimizer.fused=false"],
+    "AdamW, foreach": ["optimizer.fused=false", "+optimizer.foreach=true"],
+    "AdamW, amsgrad": ["+optimizer.amsgrad=true"],
+}
+COMPUTED = {"bf16 as is": "", "on": "fp32", "master_weights": ""}
+"""What the first step says of the compute dtype; bf16 where a way is not named."""
 
 
-def run(checkpoint: Path, *arguments: str) -> dict:
+@dataclass
+class Row:
+    """One job to run."""
+
+    experiment: str
+    shape: str
+    way: str
+    arguments: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment} {self.shape} {self.way}"
+
+
+def rows() -> list[Row]:
+    """All rows, in the order in which they are worth a GPU's time."""
+    listed = []
+    for shape in ("plain", "checkpointing"):
+        for way in ("bf16 as is", "fp32, own autocast", "master_weights"):
+            listed.append(Row("cost", shape, way, [*SHAPES[shape], *WAYS[way], "steps=20"]))
+        for way, optimizer in RIVALS.items():
+            listed.append(Row("cost", shape, way, [*SHAPES[shape], *WAYS["bf16 as is"], *optimizer, "steps=20"]))
+    for name, optimizer in OWN_STEP.items():
+        for way in ("bf16 as is", "master_weights"):
+            listed.append(Row("torch's own step", name, way, [*optimizer, *WAYS[way], "steps=20"]))
+    for way in ("bf16 as is", "fp32, own autocast", "master_weights"):
+        listed.append(Row("cost", "torch.compile(model)", way, [*SHAPES["torch.compile(model)"], *WAYS[way], "steps=20"]))
+    for seed in (0, 1, 2):
+        for way in ("bf16 as is", "fp32, own autocast", "master_weights"):
+            listed.append(Row("loss after 300 steps", "plain", way, [*WAYS[way], f"seed={seed}", "steps=300"]))
+    kahan = RIVALS["optimi AdamW, Kahan, Triton"]
+    ways = [*WAYS["bf16 as is"], *kahan, "seed=0", "steps=300"]
+    listed.append(Row("loss after 300 steps", "plain", "optimi AdamW, Kahan, Triton", ways))
+    for shape, flags in SHAPES.items():
+        for way in ("fp32, own autocast", "fp32, own autocast, no cache", "mixed"):
+            listed.append(Row("autocast's cache", shape, way, [*flags, *WAYS[way], "steps=20"]))
+    listed.append(Row("cost", "plain", "on", [*WAYS["on"], "steps=6"]))
+    return listed
+
+
+def small_rows() -> list[Row]:
+    """The rows that a CPU can do: what they say is looked at, not how long they take."""
+    size = ["batch=4", "length=64", "steps=6", "optimizer.fused=null"]
+    return [
+        Row("cost", shape, way, [*SHAPES[shape], *WAYS[way], *size]) for shape in ("plain", "checkpointing") for way in WAYS
+    ]
+
+
+def run(row: Row, checkpoint: Path, device: str) -> dict:
+    """Run one job in a forked process; what it measured and what the policy said."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "llama_app.py"), f"model.pretrained_model_name_or_path={checkpoint}"]
-        command += [*arguments, f"hydra.run.dir={folder}"]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    output = finished.stdout + finished.stderr
-    found = re.search(r"^RESULT (.*)$", output, re.MULTILINE)
+        arguments = [f"model.pretrained_model_name_or_path={checkpoint}", *row.arguments, f"hydra.run.dir={folder}"]
+        output = Path(folder, "output")
+        child = os.fork()
+        if child == 0:
+            become_the_job(arguments, output, device)
+        os.waitpid(child, 0)
+        text = output.read_text()
+    named = {"experiment": row.experiment, "shape": row.shape, "way": row.way, "arguments": " ".join(row.arguments)}
+    found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
     if found is None:
-        print(output[-2000:], flush=True)
-        return {"failed": output.strip().splitlines()[-1] if output.strip() else "no output"}
-    told = re.search(r"stored in (\w+)(?:, computed in (\w+)(?: by ([\w' ]+))?)?", output)
-    warned = "slower than in bf16" in output
-    return {**json.loads(found[1]), "told": told[0] if told else "", "warned": warned}
+        print(text[-3000:], flush=True)
+        return {**named, "failed": text.strip().splitlines()[-1] if text.strip() else "no output"}
+    told = re.search(r"trainable tensors.*: (stored in .*)", text)
+    warned = "slower than in bf16" in text
+    return {**named, **json.loads(found[1]), "told": told[1] if told else "", "warned": warned}
+
+
+def become_the_job(arguments: list[str], output: Path, device: str) -> None:
+    """Be the application's process; it never returns."""
+    status = 1
+    try:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+        number = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(number, 1)
+        os.dup2(number, 2)
+        sys.argv = ["llama_app.py", *arguments]
+        sys.path[0] = str(HERE)
+        runpy.run_path(str(HERE / "llama_app.py"), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="made where it is not there")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--only", default="", help="rows whose name has this word")
-    parser.add_argument("--skip-loss", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose name has one of these words")
+    parser.add_argument("--devices", default="0", help="GPUs by number; each runs one job at a time")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     checkpoint = given.checkpoint or given.out / "checkpoint"
     if not (checkpoint / "config.json").exists():
         extra = ["--small", "--steps", "20"] if given.small else []
         subprocess.run([sys.executable, str(HERE / "llama_checkpoint.py"), str(checkpoint), *extra], check=True)
-    size = ["batch=4", "length=64", "steps=6", "optimizer.fused=null"] if given.small else []
-    rows = []
+    import torch  # noqa: F401 - imported for the jobs, which are forks of this process
+    import transformers.models.llama.modeling_llama  # noqa: F401 - as above
 
-    def row(experiment: str, shape: str, way: str, *arguments: str) -> None:
-        if given.only not in f"{experiment} {shape} {way}":
-            return
-        result = run(checkpoint, *size, *arguments)
-        rows.append({"experiment": experiment, "shape": shape, "way": way, **result})
-        print(json.dumps(rows[-1]), flush=True)
+    every = small_rows() if given.small else rows()
+    wanted = [row for row in every if not given.only or any(word in row.name for word in given.only)]
+    devices: queue.Queue[str] = queue.Queue()
+    for device in given.devices.split(","):
+        devices.put(device)
+    results: list[dict] = []
+    lock = threading.Lock()
 
-    measure(row, given.small, given.skip_loss)
-    name = "compute-small.csv" if given.small else "compute.csv"
-    columns = list(dict.fromkeys(key for one in rows for key in one))
-    with (given.out / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    def measure(row: Row) -> None:
+        device = devices.get()
+        try:
+            result = run(row, checkpoint, device)
+        finally:
+            devices.put(device)
+        with lock:
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            write(results, given.out / ("compute-small.csv" if given.small else "compute.csv"))
+
+    with ThreadPoolExecutor(devices.qsize()) as pool:
+        list(pool.map(measure, wanted))
     if given.small:
-        check(rows)
+        check(results)
 
 
-def measure(row: Callable[..., None], small: bool, skip_loss: bool) -> None:
-    """All rows, one job each."""
-    for shape, flags in SHAPES.items():
-        if small and "compile" in shape:
-            continue
-        for way, options in POLICIES.items():
-            steps = [] if small else ["steps=6"] if way == "on" else ["steps=20"]
-            row("cost", shape, way, *flags, *options, *steps)
-    if not small:
-        for way, options in BF16_OPTIMIZERS.items():
-            row("cost", "checkpointing", f"bf16, {way}", "checkpointing=true", "+precision_policy=off", *options)
-    if not skip_loss and not small:
-        for seed in (0, 1):  # their spread is what a difference is judged by
-            for way in ("on, own autocast", "mixed"):
-                row("loss after 50 steps", "plain", way, *POLICIES[way], f"seed={seed}", "steps=50")
-        kahan = BF16_OPTIMIZERS["optimi Kahan, Triton"]
-        for way, options in {"off": POLICIES["off"], "mixed": POLICIES["mixed"], "optimi Kahan, Triton": kahan}.items():
-            row("loss after 300 steps", "plain", way, *options, "steps=300")
+def write(results: list[dict], file: Path) -> None:
+    """All rows so far, one column for each key."""
+    columns = list(dict.fromkeys(key for one in results for key in one))
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(results)
 
 
-def check(rows: list[dict]) -> None:
+def check(results: list[dict]) -> None:
     """On a CPU: what was told of the compute dtypes is what each row asked for."""
-    for one in rows:
+    for one in results:
         computed = re.search(r"computed in (\w+)", one["told"])
-        assert (computed[1] if computed else "") == EXPECTED[one["way"]], one
+        expected = COMPUTED.get(one["way"], "bf16")
+        if expected == "fp32":
+            # What is not known is not said.
+            assert computed is None or computed[1] == "fp32", one
+        elif expected:
+            assert computed is not None, one
+            assert computed[1] == expected, one
+        if one["way"] == "master_weights":
+            assert "updated in fp32 by master weights" in one["told"], one
     print("compute dtypes as expected")
 
 

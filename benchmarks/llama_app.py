@@ -74,6 +74,13 @@ def device_of_rank() -> torch.device:
     return device
 
 
+def autocast_of(cfg: DictConfig, device: torch.device):
+    """What makes the application's own autocast, where it has one; ``uncached``: without autocast's weight cache."""
+    if not cfg.autocast:
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=cfg.autocast != "uncached")
+
+
 @hydra.main(version_base="1.3", config_path=None, config_name="llama")
 def main(cfg: DictConfig) -> None:
     rank = int(os.environ.get("RANK", "0"))
@@ -96,7 +103,7 @@ def main(cfg: DictConfig) -> None:
     tokens = text(2_000_000 if cuda else 100_000)
     cut = len(tokens) // 10
     held_out, training = batches(tokens[:cut], cfg, 0, device), batches(tokens[cut:], cfg, rank, device)
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if cfg.autocast else nullcontext
+    autocast = autocast_of(cfg, device)
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         with autocast():
@@ -136,6 +143,7 @@ def main(cfg: DictConfig) -> None:
             "loss_held_out": after,
             "parameters": sum(p.numel() for p in model.parameters()),
             "optimizer": type(optimizer).__name__,
+            "device": torch.cuda.get_device_name() if cuda else "CPU",
         }
         print("RESULT " + json.dumps(result), flush=True)
     if cfg.parallel != "none":

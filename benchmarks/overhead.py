@@ -1,6 +1,6 @@
 """What the policy costs once it is on: composition, constructing an optimizer, a training step. Ratios within one run.
 
-python benchmarks/overhead.py
+python benchmarks/overhead.py [--autocast | --first-look]
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-
-from precision_policy.job.monitor import Monitor
 from precision_policy.job.plan import Plan
 from precision_policy.job.watch import Watch
+
+from precision_policy.job.monitor import Monitor
 from precision_policy.precision_warnings import _WARNED_CONTEXTS, warn_if_torch_adam_with_bf16_params
 
 CONFIG = """
@@ -120,47 +120,69 @@ def steps() -> None:
 
 
 def supplied_autocast() -> None:
-    """What the policy's autocast costs a forward beyond torch's own, in microseconds: medians of pairs."""
-    from precision_policy.job.compute_dtype import Supply
+    """What the policy's autocast costs a forward beyond torch's own, in microseconds: medians of pairs.
 
-    module = torch.nn.Identity()
+    What entering ``torch.autocast`` costs is printed beside it, as what the difference may be at most.
+    """
+    from precision_policy.job.autocast import Autocast
+
+    class Network(torch.nn.Module):
+        def __init__(self, output):
+            super().__init__()
+            self.output = output
+
+        def forward(self, x):
+            return self.output
+
     x = torch.ones(1)
+    low = torch.ones(1, dtype=torch.bfloat16)
+    outputs = {"a tensor": x, "a bf16 tensor": low, "a dict of three": {"a": x, "b": x, "c": 1}}
+    for name, output in outputs.items():
+        for hooked in (False, True):
+            plain, supplied = Network(output), Network(output)
+            Autocast().supply(supplied, "cpu")
+            if hooked:
+                for one in (plain, supplied):
+                    one.register_forward_hook(lambda *args: None)
+            told = f"mixed: a forward that returns {name}{', with a hook' if hooked else ''}"
+            entering, beyond = _costs(plain, supplied, x)
+            print(f"{told:<64}{beyond:>8.2f}  (entering torch.autocast: {entering:.2f} microseconds)", flush=True)
+
+
+def _costs(plain, supplied, x) -> tuple[float, float]:
+    """What entering autocast costs a call, and what the policy's costs beyond that, in microseconds of processor time."""
 
     def own():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            module(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            plain(x)
 
-    supplied = torch.nn.Identity()
-    Supply().to(supplied, "cpu")
-    differences = []
+    entering, beyond = [], []
     for _ in range(301):
         times = []
-        for call in (own, lambda: supplied(x)):
-            begun = time.perf_counter()
+        for call in (lambda: plain(x), own, lambda: supplied(x)):
+            begun = time.thread_time()
             for _ in range(100):
                 call()
-            times.append((time.perf_counter() - begun) / 100)
-        differences.append(1e6 * (times[1] - times[0]))
-    print(f"{'mixed: a forward beyond torch.autocast itself, microseconds':<64}{statistics.median(differences):>8.2f}")
+            times.append((time.thread_time() - begun) / 100 * 1e6)
+        entering.append(times[1] - times[0])
+        beyond.append(times[2] - times[1])
+    return statistics.median(entering), statistics.median(beyond)
 
 
 def first_look(device: str) -> None:
-    """The look at the first step, for 147 tensors of 1.1 billion elements: milliseconds, the device idle before."""
-    from precision_policy.job import message
-    from precision_policy.job.compute_dtype import Probe
+    """The look at the first gradients, for 147 tensors of 1.1 billion elements: milliseconds, the device idle before."""
+    from precision_policy.job.gradients import FirstGradients
 
     sizes = [(2048, 2048)] * 44 + [(2048, 5632)] * 66 + [(2048,)] * 35 + [(32000, 2048)] * 2
     params = [torch.nn.Parameter(torch.randn(size, device=device) * 0.02) for size in sizes]
     optimizer = torch.optim.SGD(params, lr=1e-5)
-    plan = Plan("precision_policy=on", confirms=True)
     times = []
     for _ in range(9):
-        probe = Probe(optimizer)
+        gradients = FirstGradients(optimizer)
         sum((p * p).sum() for p in params).backward()
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        computed = probe.read()
-        message.confirmed(optimizer, plan, computed, None)
+        gradients.read()
         times.append(1000 * (time.perf_counter() - begun))
         optimizer.zero_grad()
     elements = sum(p.numel() for p in params)
@@ -173,6 +195,9 @@ if __name__ == "__main__":
         sys.exit()
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
+    if "--autocast" in sys.argv:
+        supplied_autocast()
+        sys.exit()
     composition()
     construction()
     steps()

@@ -1,37 +1,37 @@
-"""Draw the pictures of docs/evidence.md from the files in docs/evidence, and print the numbers that stand beside them.
+"""Draw the pictures of docs/evidence.md from the CSV files in docs/evidence; ``docs/tables.py`` writes the tables beside them.
 
-python benchmarks/plots.py
+    python benchmarks/plots.py
+
+Each way has a mark and a grey of its own, so that a print without colours tells them apart, and each axis says what is better.
 """
 
 import csv
-import re
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout's package, where none is installed
-
-from precision_policy.job.message import low_precision, warning
-from precision_policy.job.optimizers import look_up
-from precision_policy.job.plan import Plan
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 HERE = Path(__file__).parent.parent / "docs/evidence"
-# Okabe and Ito's palette for the colour-blind; a grey that reads on white and on black, and no background.
-COLOURS = {"bf16 storage": "#D55E00", "fp32 storage": "#0072B2", "bf16 + Kahan": "#009E73"}
-# Two of the lines lie on each other: the one beneath is broad, the one above thin and dashed.
+GREY = "#808080"  # reads on white and on black
+# Okabe and Ito's colours for the colour-blind, from dark to light as greys, each with a mark.
 STYLES = {
-    "bf16 storage": {"marker": "o", "linewidth": 2},
-    "fp32 storage": {"marker": "s", "linewidth": 5, "markersize": 9, "alpha": 0.8},
-    "bf16 + Kahan": {"marker": "^", "linewidth": 2, "linestyle": "--"},
+    "bf16 as is": ("#D55E00", "o"),
+    "bf16 storage": ("#D55E00", "o"),
+    "fp32, own autocast": ("#0072B2", "s"),
+    "fp32 storage": ("#0072B2", "s"),
+    "mixed": ("#56B4E9", "D"),
+    "master_weights": ("#000000", "*"),
+    "bf16 + Kahan": ("#009E73", "^"),
+    "optimi AdamW, Kahan, Triton": ("#009E73", "^"),
+    "FlashAdamW, 24 bits": ("#CC79A7", "v"),
+    "FlashAdamW, 32 bits": ("#F0E442", "P"),
+    "on": ("#999999", "X"),
 }
-GREY = "#808080"
+OTHERS = ("#999999", "h")
 pyplot.rcParams.update(
     {
         "text.color": GREY,
@@ -40,39 +40,18 @@ pyplot.rcParams.update(
         "xtick.color": GREY,
         "ytick.color": GREY,
         "font.size": 11,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.framealpha": 0,
+        "figure.constrained_layout.use": True,
     }
 )
 
 
-def read() -> dict[tuple[str, float], list[dict[str, str]]]:
-    rows = defaultdict(list)
-    with (HERE / "finetune.csv").open() as file:
-        for row in csv.DictReader(file):
-            rows[row["way"], float(row["lr"])].append(row)
-    return rows
-
-
-def numbers(rows: dict[tuple[str, float], list[dict[str, str]]], ways: list[str], rates: list[float]) -> None:
-    """The page's tables: means over the seeds, and what the warning says of memory against what was measured."""
-
-    def mean(way: str, lr: float, key: str) -> float:
-        return statistics.mean(float(row[key]) for row in rows[way, lr])
-
-    print(f"loss before: {mean(ways[0], rates[0], 'loss before'):.3f}; loss after, by way")
-    for lr in reversed(rates):
-        print(f"  {lr:g}: " + ", ".join(f"{way} {mean(way, lr, 'loss after'):.3f}" for way in ways))
-    print("bf16 storage, share that stays, %: predicted / seen at the first step, seen at the middle and last step")
-    for lr in reversed(rates):
-        shares = [100 * mean("bf16 storage", lr, key) for key in ("predicted first", "seen first", "seen middle", "seen last")]
-        print(f"  {lr:g}: " + " / ".join(f"{share:.1f}" for share in shares))
-    elements = int(re.search(r"([\d,]+) parameters", (HERE / "machine.txt").read_text())[1].replace(",", ""))
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.empty(elements, dtype=torch.bfloat16, device="meta"))], lr=1e-5)
-    text = warning(optimizer, look_up(optimizer), low_precision(optimizer), Plan("precision_policy=on"), None).text
-    print("the warning: " + next(line.strip() for line in text.splitlines() if "fp32 storage adds" in line))
-    added = mean("fp32 storage", rates[0], "steady bytes") - mean("bf16 storage", rates[0], "steady bytes")
-    print(
-        f"measured: {added / 2**20:.1f} MiB; 8 bytes an element are {8 * elements / 2**20:.1f} MiB, ratio {added / 8 / elements:.4f}"
-    )
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file that measured something."""
+    with (HERE / name).open(encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if not row.get("failed")]
 
 
 def save(figure, name: str) -> None:
@@ -80,77 +59,115 @@ def save(figure, name: str) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    rows = read()
-    ways = list(dict.fromkeys(way for way, _ in rows))
-    rates = sorted({lr for _, lr in rows})
-    numbers(rows, ways, rates)
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for way in ways:
-        losses = [[float(row["loss after"]) for row in rows[way, lr]] for lr in rates]
-        means = [statistics.mean(one) for one in losses]
-        errors = [
-            [m - min(one) for m, one in zip(means, losses, strict=True)],
-            [max(one) - m for m, one in zip(means, losses, strict=True)],
-        ]
-        axes.errorbar(rates, means, errors, color=COLOURS[way], label=way, capsize=3, **STYLES[way])
-    before = float(rows[ways[0], rates[0]][0]["loss before"])
+def draw_loss_by_rate() -> None:
+    """loss.png: held-out loss against learning rate, with the spread over the seeds."""
+    losses = defaultdict(list)
+    for row in read("finetune.csv"):
+        losses[row["way"], float(row["lr"])].append(float(row["loss after"]))
+    ways = list(dict.fromkeys(way for way, _ in losses))
+    rates = sorted({lr for _, lr in losses})
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for number, way in enumerate(ways):
+        means = [statistics.mean(losses[way, lr]) for lr in rates]
+        below = [mean - min(losses[way, lr]) for mean, lr in zip(means, rates, strict=True)]
+        above = [max(losses[way, lr]) - mean for mean, lr in zip(means, rates, strict=True)]
+        colour, mark = STYLES.get(way, OTHERS)
+        # Two of the lines lie on each other: the later ones are thinner and broken, and leave the one beneath to be seen.
+        line = {"linestyle": ["-", "-", "--"][number % 3], "linewidth": [2, 5, 2][number % 3]}
+        axes.errorbar(
+            rates,
+            means,
+            [below, above],
+            color=colour,
+            marker=mark,
+            markersize=9,
+            markeredgecolor="white",
+            label=way,
+            capsize=3,
+            **line,
+        )
+    before = float(read("finetune.csv")[0]["loss before"])
     axes.axhline(before, color=GREY, linestyle=":", label="before fine-tuning")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss after 300 steps")
-    axes.grid(alpha=0.3)
-    axes.legend(framealpha=0)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss after 300 steps\nnats a byte (lower is better)")
+    axes.legend()
     save(figure, "loss.png")
 
-    figure, axes = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
-    for way, filled in (("bf16 storage", True), ("bf16 + Kahan", False)):
-        for moment, marker in (("first", "o"), ("middle", "D"), ("last", "s")):
-            x = [100 * float(row[f"predicted {moment}"]) for lr in rates for row in rows[way, lr]]
-            y = [100 * float(row[f"seen {moment}"]) for lr in rates for row in rows[way, lr]]
-            face = COLOURS[way] if filled else "none"
-            axes.scatter(x, y, marker=marker, facecolor=face, edgecolor=COLOURS[way], label=f"{way}, {moment} step")
-    axes.plot([0, 100], [0, 100], color=GREY, linestyle=":")
-    axes.set(xlabel="predicted to stay, % of weights", ylabel="seen to stay, % of weights")
-    axes.grid(alpha=0.3)
-    axes.legend(framealpha=0, fontsize=8)
+
+def draw_shares() -> None:
+    """shares.png: the share of weights that a step leaves as they are, estimated against seen."""
+    rows = [row for row in read("finetune.csv") if row["way"] == "bf16 storage"]
+    figure, axes = pyplot.subplots(figsize=(5, 4.5))
+    for moment, mark, colour in (("first", "o", "#000000"), ("middle", "D", "#999999"), ("last", "s", "#D55E00")):
+        estimated = [100 * float(row[f"predicted {moment}"]) for row in rows]
+        seen = [100 * float(row[f"seen {moment}"]) for row in rows]
+        axes.scatter(estimated, seen, marker=mark, facecolor="none", edgecolor=colour, label=f"{moment} step")
+    axes.plot([0, 100], [0, 100], color=GREY, linestyle=":", label="estimated = seen")
+    axes.set(xlabel="estimated, % of weights that stay", ylabel="seen, % of weights that stay")
+    axes.legend(fontsize=9)
     save(figure, "shares.png")
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    measures = (("peak memory", "peak bytes"), ("steady memory", "steady bytes"), ("throughput", "tokens/s"))
-    base = {key: statistics.mean(float(row[key]) for lr in rates for row in rows["bf16 storage", lr]) for _, key in measures}
-    for index, way in enumerate(ways):
-        values = [statistics.mean(float(row[key]) for lr in rates for row in rows[way, lr]) / base[key] for _, key in measures]
-        bars = axes.bar([x + 0.26 * (index - 1) for x in range(3)], values, 0.24, color=COLOURS[way], label=way)
-        axes.bar_label(bars, fmt="%.2f", fontsize=9, color=GREY)
-    axes.set_xticks(range(3), [name for name, _ in measures])
-    axes.set(ylabel="ratio to bf16 storage", ylim=(0, 2.3))
-    axes.legend(framealpha=0)
-    save(figure, "cost.png")
+
+def draw_loss_by_speed() -> None:
+    """tradeoff.png: held-out loss after 300 steps against tokens/s, one mark a way."""
+    rows = read("compute.csv")
+    losses, speeds = defaultdict(list), defaultdict(list)
+    for row in rows:
+        if row["experiment"] == "loss after 300 steps":
+            losses[row["way"]].append(float(row["loss_held_out"]))
+            speeds[row["way"]].append(float(row["tokens_per_s"]) / 1000)
+        elif row["experiment"] == "cost" and row["shape"] == "plain":
+            speeds[row["way"]].append(float(row["tokens_per_s"]) / 1000)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for way, its in losses.items():
+        mean = statistics.mean(its)
+        spread = [[mean - min(its)], [max(its) - mean]]
+        colour, mark = STYLES.get(way, OTHERS)
+        axes.errorbar(
+            statistics.median(speeds[way]),
+            mean,
+            spread,
+            color=colour,
+            marker=mark,
+            markersize=12,
+            capsize=4,
+            linestyle="none",
+            label=f"{way}: {len(its)} seed{'s' if len(its) > 1 else ''}",
+        )
+    axes.set(
+        xlabel="thousands of tokens/s (more is better)", ylabel="held-out loss after 300 steps\nnats a byte (lower is better)"
+    )
+    axes.margins(0.15)
+    axes.legend()
+    save(figure, "tradeoff.png")
 
 
-def compute_dtype() -> None:
-    """Throughput and peak memory of one Llama, by storage and compute dtype."""
-    with (HERE / "compute.csv").open() as file:
-        rows = {(row["shape"], row["way"]): row for row in csv.DictReader(file) if row["experiment"] == "cost"}
-    shapes = ["plain", "checkpointing", "torch.compile(model)"]
-    ways = {"off": "bf16 storage", "on": "on: computed in fp32", "on, own autocast": "on, own autocast", "mixed": "mixed"}
-    figure, both = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axes, key, label, scale in zip(
-        both, ("tokens_per_s", "peak_gib"), ("thousands of tokens/s", "peak memory, GiB"), (1e-3, 1), strict=True
-    ):
-        for index, (way, name) in enumerate(ways.items()):
-            values = [scale * float(rows[shape, way][key]) for shape in shapes]
-            places = [x + 0.2 * (index - 1.5) for x in range(len(shapes))]
-            bars = axes.bar(
-                places, values, 0.19, color=f"{0.15 + 0.22 * index:.2f}", hatch=["", "//", "", ".."][index], label=name
-            )
+def draw_cost() -> None:
+    """compute.png: throughput and peak memory of one Llama, by way and shape."""
+    rows = {(row["shape"], row["way"]): row for row in read("compute.csv") if row["experiment"] == "cost"}
+    shapes = list(dict.fromkeys(shape for shape, way in rows if (shape, "bf16 as is") in rows))
+    ways = [way for way in STYLES if any((shape, way) in rows for shape in shapes)]
+    figure, both = pyplot.subplots(2, 1, figsize=(8, 7))
+    measures = (
+        ("tokens_per_s", "thousands of tokens/s\n(more is better)", 1e-3),
+        ("peak_gib", "peak memory, GiB\n(less is better)", 1.0),
+    )
+    width = 0.8 / len(ways)
+    for axes, (key, label, scale) in zip(both, measures, strict=True):
+        for index, way in enumerate(ways):
+            places = [place for place, shape in enumerate(shapes) if (shape, way) in rows]
+            values = [scale * float(rows[shapes[place], way][key]) for place in places]
+            left = [place + width * (index - (len(ways) - 1) / 2) for place in places]
+            hatch = ["", "//", "..", "\\\\", "xx", "--", "oo"][index % 7]
+            bars = axes.bar(left, values, 0.9 * width, color=STYLES[way][0], edgecolor="white", hatch=hatch, label=way)
             axes.bar_label(bars, fmt="%.0f", fontsize=8, color=GREY)
-        axes.set_xticks(range(len(shapes)), shapes, fontsize=9)
+        axes.set_xticks(range(len(shapes)), shapes)
         axes.set(ylabel=label)
-        axes.legend(framealpha=0, fontsize=8)
+    both[0].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.35))
     save(figure, "compute.png")
 
 
 if __name__ == "__main__":
-    main()
-    compute_dtype()
+    draw_loss_by_rate()
+    draw_shares()
+    draw_loss_by_speed()
+    draw_cost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 1 for a checkpoint that cannot be read and 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m precision_policy",
-        description="Share of a checkpoint's 16-bit weights that an update of size lr cannot move. A floor for what an "
-        "Adam-like optimizer loses at that learning rate; no promise about the final loss.",
+        description="Share of a checkpoint's 16-bit weights that an update of size lr cannot move: what the first step of an "
+        "Adam-like optimizer loses at that learning rate. Later updates are mostly smaller. No promise about the final loss.",
     )
-    parser.add_argument("checkpoint", type=Path, help="a safetensors file, or a directory that holds some")
+    parser.add_argument("checkpoint", type=Path, help="a local path: a safetensors file, or a directory that holds some")
     parser.add_argument(
         "--lr", type=_rates, default="1e-5", help="the learning rate, or PEAK:END of a schedule (default: %(default)s)"
     )
@@ -31,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     peak, rates = given.lr
     try:
-        pyplot = _pyplot() if given.plot else None  # told before the reading, which may take a while
+        pyplot = None
+        if given.plot:  # what is wrong with it is told before the reading, which may take a while
+            pyplot = _pyplot()
+            _check_is_writable(given.plot, pyplot)
         summary = summarize(given.checkpoint)
         print(table(summary, rates))
         if pyplot is not None and summary.histograms:
@@ -73,13 +77,21 @@ def table(summary: Summary, rates: Sequence[float]) -> str:
     if summary.stride > 1:
         head += f"; one in {summary.stride} was looked at"
     lines = [head, "", "share that an update of size lr cannot move", ""]
-    lines.append(f"{'':<24}{'weights':>16}" + "".join(f"{f'lr {rate:.3g}':>13}" for rate in rates))
-    for dtype in {dtype: None for _, dtype in summary.histograms}:
-        rows = {kind: h for (kind, its), h in sorted(summary.histograms.items(), key=lambda x: x[0][0]) if its is dtype}
-        for kind, histogram in {**rows, "all": together(dtype, rows.values())}.items():
+    names = [f"lr {rate:.3g}" for rate in rates]
+    lines.append(f"{'':<24}{'weights':>16}" + "".join(f"{name:>13}" for name in names))
+    for dtype in dict.fromkeys(dtype for _, dtype in summary.histograms):
+        rows = {kind: its for (kind, of), its in sorted(summary.histograms.items(), key=_by_kind) if of is dtype}
+        rows["all"] = together(dtype, rows.values())
+        for kind, histogram in rows.items():
+            name = f"{kind} ({short_name(dtype)})"
             shares = "".join(f"{histogram.lost(rate):>13.1%}" for rate in rates)
-            lines.append(f"{f'{kind} ({short_name(dtype)})':<24}{histogram.total:>16,}{shares}")
+            lines.append(f"{name:<24}{histogram.total:>16,}{shares}")
     return "\n".join(lines)
+
+
+def _by_kind(entry: tuple[tuple[str, Any], Any]) -> str:
+    """The key by which what a checkpoint holds is sorted."""
+    return entry[0][0]
 
 
 def plot(summary: Summary, lr: float, file: Path, pyplot: Any) -> None:
@@ -92,7 +104,7 @@ def plot(summary: Summary, lr: float, file: Path, pyplot: Any) -> None:
     rates = [2.0**power for power in range(first, first + 15)]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     styles = [("-", "0.0"), ("--", "0.0"), ("-.", "0.35"), (":", "0.0"), ("-", "0.6")]  # told apart without colour
-    for index, ((kind, dtype), histogram) in enumerate(sorted(summary.histograms.items(), key=lambda x: x[0][0])):
+    for index, ((kind, dtype), histogram) in enumerate(sorted(summary.histograms.items(), key=_by_kind)):
         # The share is the same for all rates from one power of two up to the next.
         shares = [100 * histogram.lost(1.5 * rate) for rate in rates]
         line, grey = styles[index % len(styles)]
@@ -110,6 +122,23 @@ def plot(summary: Summary, lr: float, file: Path, pyplot: Any) -> None:
         raise CheckpointError(f"--plot {file}: {error}") from None
     finally:
         pyplot.close(figure)
+
+
+def _check_is_writable(file: Path, pyplot: Any) -> None:
+    """Raise CheckpointError where no plot can be written to a file, without touching it."""
+    folder = file.parent
+    formats = pyplot.Figure().canvas.get_supported_filetypes()
+    wrong = ""
+    if file.is_dir():
+        wrong = "is a directory"
+    elif not folder.is_dir():
+        wrong = f"there is no directory {folder}"
+    elif not os.access(file if file.exists() else folder, os.W_OK):
+        wrong = "not allowed to write there"
+    elif file.suffix and file.suffix[1:].lower() not in formats:
+        wrong = f"no picture format; there are {', '.join(sorted(formats))}"
+    if wrong:
+        raise CheckpointError(f"--plot {file}: {wrong}")
 
 
 def _pyplot() -> Any:

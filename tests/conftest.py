@@ -1,53 +1,44 @@
-"""Real Hydra applications, written into a folder and run as subprocesses."""
+"""Real Hydra applications, each in a folder of its own and run as processes of their own."""
 
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, settings
 from job_starter import JobStarter
 
-APPS = Path(__file__).parent / "apps"
+ROOT = Path(__file__).parent.parent
+APPS = ROOT / "tests/apps"
 
 # A machine that is busy with something else is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-TRAIN = """
-import json
-import hydra
-from omegaconf import OmegaConf
+# The application that most tests start.
+TRAIN = (APPS / "train/app.py").read_text()
+CONFIG = (APPS / "train/conf/config.yaml").read_text()
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg):
-    import torch
-    dtype = cfg.get("model") and cfg.model.get("torch_dtype")
-    dtype = torch.float32 if dtype in ("float32", "fp32") else torch.bfloat16
-    weights = torch.nn.Parameter(torch.ones(8, 8, dtype=dtype))
-    make = hydra.utils.instantiate(cfg.optimizer) if cfg.get("optimizer") else torch.optim.AdamW
-    optimizer = make([weights])
-    weights.grad = torch.ones_like(weights)
-    optimizer.step()
-    print("CONFIG " + json.dumps(OmegaConf.to_container(cfg)))
-
-if __name__ == "__main__":
-    main()
-"""
-
-CONFIG = """
-model:
-  torch_dtype: auto
-optimizer:
-  _target_: torch.optim.AdamW
-  _partial_: true
-  lr: 1.0e-5
-"""
+# Making the first optimizer imports torch._dynamo, which takes as long as torch does.
+IMPORTS = ["torch", "torch._dynamo", "hydra"]
+HEAVY_IMPORTS = [
+    *IMPORTS,
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+    "accelerate",
+    "peft",
+    "lightning",
+    "hydra_zen",
+]
 
 # What a launcher of the machine that runs the tests may have set.
 _RANKS = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|SLURM_|OMPI_|PMI_|PMIX_|HYDRA_)")
@@ -63,9 +54,15 @@ def pytest_collection_modifyitems(items):
 
 @dataclass
 class Run:
-    """What a finished process said."""
+    """What finished processes said.
 
-    status: int
+    Attributes:
+        statuses: what each of them exited with; those of ``torchrun`` and of other launchers are not known.
+        out: their standard output, one after the other.
+        err: their standard error, likewise.
+    """
+
+    statuses: list[int]
     out: str
     err: str
 
@@ -85,6 +82,17 @@ class Run:
         """The config of the one job."""
         (config,) = self.configs
         return config
+
+    @property
+    def record(self) -> dict:
+        """What the policy recorded for the one job, as the job saw it."""
+        (record,) = (json.loads(text) for text in re.findall(r"^RECORD (.*)$", self.out, re.MULTILINE))
+        return record
+
+    @property
+    def levels(self) -> list[str]:
+        """The level of each of the policy's log lines."""
+        return [line.split()[0] for line in self.log.splitlines()]
 
 
 class App:
@@ -106,14 +114,18 @@ class App:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(text)
 
-    def __call__(self, *arguments: str, status: int | None = 0, python=None, env=None, outputs=True, timeout=120) -> Run:
-        """Run it as a process of its own and expect an exit status; None takes any.
+    def __call__(
+        self, *arguments: str, status: int | None = 0, python=None, ranks=None, env=None, outputs=True, timeout=300
+    ) -> Run:
+        """Run it as a process of its own and expect an exit status of each; None takes any.
 
         Args:
             arguments: its command line.
             status: what it exits with.
             python: the words that start an interpreter, where it must be a fresh one; otherwise the process is a fork of one that
                 has imported torch and Hydra.
+            ranks: run it as so many forks at once, with the environment that ``torchrun`` gives to its ranks. None of them is
+                stopped because another one failed.
             env: environment variables beside those of the tests.
             outputs: whether Hydra's output goes to ``out`` or ``sweep`` in the folder.
             timeout: in seconds.
@@ -126,41 +138,102 @@ class App:
             words.append("hydra.run.dir=out")
         environment = ENVIRONMENT | (env or {})
         if python is None:
-            returned = self._starter.run(self.program, words, self.folder, environment, timeout)
-            out, err = ((self.folder / name).read_text() for name in (".stdout", ".stderr"))
+            environments = environments_of_ranks(environment, ranks) if ranks else [environment]
+            statuses = self._starter.run(self.program, words, self.folder, environments, timeout)
+            out, err = (self._read(name, len(statuses)) for name in (".stdout", ".stderr"))
         else:
             command = [*(python if isinstance(python, list) else [python]), self.program, *words]
             finished = subprocess.run(
                 command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
             )
-            returned, out, err = finished.returncode, finished.stdout, finished.stderr
-        if status is not None and returned != status:
-            raise AssertionError(f"{self.program} {' '.join(words)} exited {returned}\n{out}\n{err}")
-        return Run(returned, out, err)
+            statuses, out, err = [finished.returncode], finished.stdout, finished.stderr
+        if status is not None and set(statuses) != {status}:
+            raise AssertionError(f"{self.program} {' '.join(words)} exited {statuses}\n{out}\n{err}")
+        return Run(statuses, out, err)
+
+    def record(self, output: str = "out") -> dict:
+        """What the policy has recorded about a finished job, by the folder of its output."""
+        return yaml.safe_load((self.folder / output / ".hydra/config.yaml").read_text())["precision_policy"]
+
+    def _read(self, name: str, processes: int) -> str:
+        """What all processes of the last run wrote, one after the other."""
+        return "".join((self.folder / f"{name}.{number}").read_text() for number in range(processes))
+
+
+def environments_of_ranks(environment: dict, count: int) -> list[dict]:
+    """What ``torchrun`` adds to the environment of each of its ranks on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"} for rank in range(count)]
+    return [environment | world | rank for rank in ranks]
+
+
+def torchrun(processes: int) -> list[str]:
+    """The words that start so many ranks by ``torchrun`` itself, each in a fresh interpreter."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+# What `train` gets in a sweep, by option and by the dtype asked for: its dtype, the rule, the policy's INFO and WARNING lines.
+SWEPT = {
+    ("on", "auto"): ("float32", "set", 2, 0),
+    ("on", "bfloat16"): ("bfloat16", "explicit_dtype", 1, 1),
+    ("warn", "auto"): ("auto", "warn_only", 1, 1),
+    ("warn", "bfloat16"): ("bfloat16", "explicit_dtype", 1, 1),
+    ("off", "auto"): ("auto", None, 0, 0),
+    ("off", "bfloat16"): ("bfloat16", None, 0, 0),
+}
+
+
+def check_sweep(train: App, *overrides: str, options=("on", "warn", "off")) -> None:
+    """Sweep over options and over the dtype, and look at each job's config and log."""
+    train("--multirun", f"+precision_policy={','.join(options)}", "model.torch_dtype=auto,bfloat16", *overrides)
+    jobs = [(option, dtype) for option in options for dtype in ("auto", "bfloat16")]
+    for number, job in enumerate(jobs):
+        output = train.folder / f"sweep/{number}"
+        config = yaml.safe_load((output / ".hydra/config.yaml").read_text())
+        decision = train.record(f"sweep/{number}")["decision"] or {}
+        log = (output / "app.log").read_text() if (output / "app.log").exists() else ""
+        levels = log.count("[precision_policy][INFO]"), log.count("[precision_policy][WARNING]")
+        assert (config["model"]["torch_dtype"], decision.get("rule"), *levels) == SWEPT[job]
 
 
 @pytest.fixture(scope="session")
 def job_starter():
     """Starts applications, each as a process of its own."""
-    starter = JobStarter(ENVIRONMENT)
+    starter = JobStarter(IMPORTS, ENVIRONMENT)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="session")
+def heavy_starter():
+    """Starts applications of transformers, peft, accelerate and Lightning, each as a process of its own."""
+    starter = JobStarter(HEAVY_IMPORTS, ENVIRONMENT)
     yield starter
     starter.close()
 
 
 @pytest.fixture
-def application(tmp_path, job_starter):
-    """Make a copy of an application of ``tests/apps``, by the name of its folder there."""
+def application(tmp_path, job_starter, heavy_starter):
+    """Make a copy of an application of ``tests/apps``, by the name of its folder there.
 
-    def make(name: str, program: str = "app.py") -> App:
-        shutil.copytree(APPS / name, tmp_path / name)
-        return App(tmp_path / name, job_starter, program)
+    It is started from a process that has imported torch and Hydra, ``heavy`` from one that has imported transformers, peft,
+    accelerate, Lightning and FSDP as well. ``folder`` names the copy where a test makes several.
+    """
+
+    def make(name: str, program: str = "app.py", *, heavy: bool = False, folder: str | None = None) -> App:
+        copy = tmp_path / (folder or name)
+        shutil.copytree(APPS / name, copy)
+        return App(copy, heavy_starter if heavy else job_starter, program)
 
     return make
 
 
 @pytest.fixture
 def app(tmp_path, job_starter):
-    """Make an application: by default one that trains a bf16 weight unless its config says float32."""
+    """Make an application of a config and code: by default ``tests/apps/train``."""
 
     def make(config: str = CONFIG, code: str = TRAIN, folder: str = "app") -> App:
         made = App(tmp_path / folder, job_starter)
@@ -177,24 +250,33 @@ def compose(tmp_path):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    def run(config: str, *overrides: str):
+    def run(config: str, *overrides: str, with_hydra: bool = False):
         (tmp_path / "config.yaml").write_text(config)
         with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
-            return hydra_compose("config", overrides=list(overrides))
+            return hydra_compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
     return run
 
 
 @pytest.fixture
-def decide(compose):
+def record(compose):
+    """What the policy records for a config under the Compose API."""
+    return lambda config, *overrides: compose(config, *overrides, with_hydra=True).hydra.precision_policy
+
+
+@pytest.fixture
+def decide(record):
     """The decision that the Compose API records for a config with the policy on."""
-    return lambda config, *overrides: compose(config, "+precision_policy=on", *overrides).precision_policy.decision
+    return lambda config, *overrides: record(config, "+precision_policy=on", *overrides).decision
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """The demo's checkpoint, pretrained for a few steps."""
+def checkpoint(tmp_path_factory, heavy_starter):
+    """The demo's checkpoint: the one that is shipped; where none is, one that is pretrained for a few steps."""
+    demo = ROOT / "examples/finetune"
+    if (demo / "checkpoint/model.safetensors").exists():
+        return demo / "checkpoint"
     folder = tmp_path_factory.mktemp("checkpoint")
-    script = Path(__file__).parent.parent / "examples/finetune/make_checkpoint.py"
-    subprocess.run([sys.executable, str(script), str(folder), "20"], check=True, env=ENVIRONMENT, capture_output=True)
+    statuses = heavy_starter.run(demo / "make_checkpoint.py", [str(folder), "20"], folder, [ENVIRONMENT], 300)
+    assert statuses == [0], (folder / ".stderr.0").read_text()
     return folder

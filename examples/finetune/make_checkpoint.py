@@ -1,6 +1,7 @@
-"""Make a small Llama-style checkpoint in bf16, pretrained for a minute on the Constitution of the United States.
+"""Make a small Llama-style checkpoint in bf16, pretrained on the Constitution of the United States.
 
-``python make_checkpoint.py DIRECTORY [STEPS]``; no network needed, the model is made from a config.
+``python make_checkpoint.py checkpoint 1000`` made the one that lies beside this file (a minute of one core with torch
+2.13.0 and transformers 5.23.0). No network is needed: the model is made from a config.
 """
 
 import sys
@@ -21,7 +22,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def main(directory: str, steps: int = 400) -> None:
+def main(directory: str, steps: int = 1000) -> None:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     model = LlamaForCausalLM(

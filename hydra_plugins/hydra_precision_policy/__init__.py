@@ -3,7 +3,7 @@
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from precision_policy.composition.hydra_hook import install
+from precision_policy.hydra_hook import PROVIDER, install
 
 # At import, not in the method below: a launcher's worker process unpickles this class and never calls it.
 _INSTALLED = install()
@@ -17,5 +17,5 @@ class PrecisionPolicyPlugin(SearchPathPlugin):
 
         On a Hydra that the hook does not fit, the options are others: choosing one is an error that says so.
         """
-        options = "precision_policy.conf" if _INSTALLED else "precision_policy.conf.unsupported"
-        search_path.append("precision-policy", f"pkg://{options}")
+        options = "precision_policy.conf" if _INSTALLED else "precision_policy.unsupported"
+        search_path.append(PROVIDER, f"pkg://{options}")

@@ -99,6 +99,12 @@ def schema(node: DictConfig) -> type | None:
     return None if kind is None or kind is dict or issubclass(kind, dict) else kind
 
 
+def field_type(node: DictConfig, key: str) -> Any:
+    """The type that a typed node gives to a key; ``Any`` where it gives none."""
+    child = node._get_node(key, validate_access=False)  # no public call tells the type of a field that holds null
+    return Any if child is None or isinstance(child, list) else child._metadata.ref_type
+
+
 def children(node: Any) -> Iterator[tuple[str, Any]]:
     """The keys or indices of a mapping or list with their nodes, raw; nothing for null, ``???`` and interpolations."""
     content = node.__dict__["_content"]  # no public call reads children without a look at each one's value
@@ -123,6 +129,15 @@ def mappings(root: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     return below(root, "")
 
 
+def all_paths(root: DictConfig) -> list[str]:
+    """The dotted path of everything in the application's own config."""
+    paths = []
+    for path, node in mappings(root):
+        for key, _ in children(node):
+            paths.append(f"{path}.{key}" if path else key)
+    return paths
+
+
 def write(node: DictConfig, key: str, new: Any) -> None:
     """Set one key, on struct and read-only nodes too, and leave the node's flags as they were.
 
@@ -139,13 +154,6 @@ def record(parent: DictConfig, key: str, values: Mapping[str, Any]) -> None:
     Built node by node: OmegaConf's own way looks at each value as if a user had given it, and takes three times as long.
     """
     parent.__dict__["_content"][key] = _mapping(values, key, parent)
-
-
-def move(root: DictConfig, key: str, to: DictConfig) -> None:
-    """Take a node from the root and put it at the same key of another mapping, whatever that one's type."""
-    node = root.__dict__["_content"].pop(key)
-    node._set_parent(to)
-    to.__dict__["_content"][key] = node
 
 
 def _mapping(values: Mapping[str, Any], key: str, parent: DictConfig) -> DictConfig:

@@ -1,243 +1,145 @@
 """The decision table, one pure function: what the policy does to a job's storage dtype, and why.
 
-Nothing here knows of Hydra, OmegaConf or torch. ``applying.py`` gathers the facts from a config and applies the answer.
+Nothing here reads a config or knows of Hydra or torch. ``applying.py`` gathers the facts and applies the answer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any
 
-Rule = Literal[
-    "no_model",
-    "peft",
-    "quantized",
-    "no_optimizer",
-    "not_torch_optim",
-    "explicit_dtype",
-    "no_dtype_key",
-    "target_takes_no_dtype",
-    "warn_only",
-    "set",
-]
-
-ABOUT_THE_MODEL: Final[tuple[Rule, ...]] = ("set", "warn_only", "explicit_dtype", "quantized", "peft")
-"""The rules that concern the job's model, the likeliest first. Advice is shown only if it leads to one of them."""
-
-BF16_FOR_FP32 = {
-    "float32": "bfloat16",
-    "fp32": "bf16",
-    "torch.float32": "torch.bfloat16",
-    "float": "bfloat16",
-    "32": "bf16",
-    "32-true": "bf16-true",
-}
-"""How projects spell fp32, and what each then calls bf16."""
-
-UNCHOSEN = (None, "auto")
-"""Values of a dtype key that nobody chose: ``transformers`` then loads whatever the checkpoint was saved in."""
-
-_WATCHED = "the optimizer that the job builds is still watched"
-
-
-@dataclass(frozen=True)
-class DtypeField:
-    """A dtype key of the model: one that is there, or one that can be added.
-
-    Attributes:
-        path: where it lives, dotted from the config's root.
-        override: how the command line spells that path, with a ``+`` where Hydra wants one.
-        value: what it holds; text for anything that is not plain.
-        chosen: whether that is a choice: anything but null and "auto".
-        there: whether the key is there; False for one that the policy would add.
-        pointed_at: what an interpolation says between its braces, or None.
-        note: the beginning of the reason, where "path=value was chosen" would not say it.
-    """
-
-    path: str
-    override: str
-    value: str | bool | int | float | None = None
-    chosen: bool = False
-    there: bool = True
-    pointed_at: str | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The model's node, as far as the table asks.
-
-    Attributes:
-        dtypes: the dtype keys that are there or can be added, the one to write first.
-        refusal: where there is none: the rule that says so, and why.
-        quantized: what says that the model is quantized, or None.
-        loads_checkpoint_dtype: whether an unset dtype means the checkpoint's own, mostly bf16.
-        fp16_kernels: attention kernels that were asked for and take 16 bits alone, or None.
-    """
-
-    dtypes: tuple[DtypeField, ...]
-    refusal: tuple[Rule, str] | None = None
-    quantized: str | None = None
-    loads_checkpoint_dtype: bool = False
-    fp16_kernels: str | None = None
-
-    @property
-    def override(self) -> str | None:
-        """How the command line spells the model's dtype key; None where there is none."""
-        return self.dtypes[0].override if self.dtypes else None
-
-
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """The optimizer as configured: its name, or a clause about one that is not torch's; and whether it is torch's."""
-
-    name: str
-    torch_optim: bool
+from precision_policy.composition.model_node import DtypeKey, Model
+from precision_policy.composition.optimizer_node import ConfiguredOptimizer
+from precision_policy.composition.settings import Settings
+from precision_policy.composition.spelling import BF16_FOR_FP32, fp32_like, is_fp32, yaml_word
+from precision_policy.record import Decision
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the table is asked about. All of it is plain data.
+    """What the table is asked about one model and its optimizer.
 
     Attributes:
-        model: the model's node, or a clause that says what is there instead.
-        optimizer: the optimizer, or a clause that says what is there instead.
+        settings: those in force.
+        model_path: where the model's node was looked for.
+        optimizer_path: where the optimizer was looked for.
+        model: the model's node, or None where there is none.
+        optimizer: the optimizer, or None where there is none.
         peft: what makes PEFT on, or None when it is off.
-        peft_setting: how to say that PEFT is not about this model; empty where the user named the path himself.
-        fp32: the value to set, in the project's spelling of float32.
-        write: whether it is written.
-        compute_dtype: the compute dtype that the policy supplies, or None.
-        advice: the end of the reason where something is missing: one line to paste, or what there is to choose from.
+        peft_setting: the setting by which PEFT is said not to be about this model; empty where the user named the path himself.
     """
 
-    model: ModelFacts | str
-    optimizer: OptimizerFacts | str
+    settings: Settings
+    model_path: str
+    optimizer_path: str
+    model: Model | None
+    optimizer: ConfiguredOptimizer | None
     peft: str | None = None
     peft_setting: str = ""
-    fp32: str | int = "float32"
-    write: bool = True
-    compute_dtype: str | None = None
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was decided, and what the job needs to know of it.
-
-    Attributes:
-        rule: the rule that held first.
-        key: the dotted path of the dtype key that it is about, or None.
-        before, after: that key's value before and after.
-        reason: one sentence why.
-        fix: what to type for fp32 storage; empty where nothing in the config is known to set it.
-        fp32: whether the config now asks for fp32 storage.
-        added: whether the policy added the key where none was.
-        loads_checkpoint_dtype: whether the unset key would have meant the checkpoint's own dtype.
-        found: whether PEFT or quantization was found by looking, and not at a path that the user set.
-        elsewhere: overrides of other keys that look as if they chose the model's dtype.
-    """
-
-    rule: Rule
-    key: str | None
-    before: Any
-    after: Any
-    reason: str
-    fix: str = ""
-    fp32: bool = False
-    added: bool = False
-    loads_checkpoint_dtype: bool = False
-    found: bool = False
-    elsewhere: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The record that goes into the config."""
-        return dict(self.__dict__)
 
 
 def decide(facts: Facts) -> Decision:
-    """The first rule that holds. Only ``set`` changes anything."""
-    model, optimizer = facts.model, facts.optimizer
-    if isinstance(model, str):
-        also = f"; {optimizer}" if isinstance(optimizer, str) else ""
-        return Decision("no_model", None, None, None, f"{model}{also}; {_WATCHED}{facts.advice}")
-    fix = f"{model.override}={facts.fp32}" if model.override else ""
-    return (
-        _frozen_base(facts, model, fix)
-        or _no_torch_optimizer(facts, fix)
-        or _chosen_dtype(facts, model, fix)
-        or _writable(facts, model, fix)
+    """The first rule that holds, in the order of the table in ``docs/design.md``. Only ``set`` changes anything."""
+    settings, model, optimizer = facts.settings, facts.model, facts.optimizer
+    fix = _fp32_override(model, settings)
+    anyway = f" (fp32 storage all the same: {fix})" if fix else ""
+    # Where nobody judges the optimizer, nobody is said to.
+    watched = "; the optimizer that the job builds is watched" if settings.bf16_adam != "ignore" else ""
+    not_computed = "; no bf16 compute is supplied to it" if settings.compute_dtype else ""
+
+    if facts.peft is not None:
+        not_here = f" (not about this model: {facts.peft_setting}=null)" if facts.peft_setting else anyway
+        why = f"PEFT is on ({facts.peft}), and a frozen base may stay in the checkpoint's dtype"
+        return Decision("peft", None, None, None, f"{why}{not_computed}{not_here}", fix)
+    if model is not None and model.quantized is not None:
+        why = f"the model is quantized ({model.quantized}), and fp32 would undo what its dtype is for"
+        return Decision("quantized", None, None, None, f"{why}{not_computed}{anyway}", fix)
+
+    if model is None:
+        return Decision("no_model", None, None, None, f"the config has no node `{facts.model_path}`{watched}")
+    if optimizer is None:
+        why = f"the config has no optimizer at `{facts.optimizer_path}`"
+        return Decision("no_optimizer", None, None, None, f"{why}{watched}{anyway}", fix)
+    if not optimizer.name:
+        why = f"`{facts.optimizer_path}` does not name its optimizer"
+        return Decision("not_torch_optim", None, None, None, f"{why}{watched}{anyway}", fix)
+    if not optimizer.is_torch_optim:
+        why = f"{optimizer} is no optimizer of torch.optim and may keep an fp32 master copy of its own"
+        return Decision("not_torch_optim", None, None, None, f"{why}{anyway}", fix)
+
+    for key in model.keys:
+        if key.is_chosen:
+            return _chosen(key, settings)
+    if not model.keys:
+        return Decision("no_dtype_key", None, None, None, f"{model.no_key}{watched}")
+    key = model.keys[0]
+    if key.takes_no_name:
+        return Decision("no_dtype_key", None, None, None, f"{key.takes_no_name}{watched}")
+    return _unchosen(key, model, optimizer, settings)
+
+
+def _chosen(key: DtypeKey, settings: Settings) -> Decision:
+    """The decision about a dtype that somebody chose: it stays."""
+    if isinstance(key.value, bool):
+        stores_fp32 = _value_of_fp32(key.path)
+        stored_in_fp32 = key.value is stores_fp32
+        way = "" if stores_fp32 is None else f"{key.override}={yaml_word(stores_fp32)}"
+    else:
+        stored_in_fp32 = is_fp32(key.value)
+        way = "" if key.takes_no_name else f"{key.override}={_fp32_for(key, settings)}"
+    start = key.unreadable or f"{key.path}={yaml_word(key.value)} was chosen and"
+    other = f" (fp32 storage: {way})" if way and not stored_in_fp32 else ""
+    why = f"{start} stays as it is{other}"
+    return Decision("explicit_dtype", key.path, key.value, key.value, why, way, fp32=stored_in_fp32)
+
+
+def _fp32_for(key: DtypeKey, settings: Settings) -> Any:
+    """How fp32 is spelled where this value stands: as the user said, else as the value itself does."""
+    if is_fp32(key.value):
+        return key.value
+    if "storage_dtype" in settings.chosen:
+        return settings.storage_dtype
+    return fp32_like(key.value) or settings.storage_dtype
+
+
+def _unchosen(key: DtypeKey, model: Model, optimizer: ConfiguredOptimizer, settings: Settings) -> Decision:
+    """The decision about a dtype that nobody chose and that can be written."""
+    fix = _fp32_override(model, settings)
+    keeps_none = f"{optimizer} keeps no fp32 master copy"
+    loads = model.loads_checkpoint_dtype or key.value == "auto"
+    if not settings.write:
+        why = f"{keeps_none}; write=false leaves the config as it is (fp32 storage: {fix})"
+        return Decision("warn_only", key.path, key.value, key.value, why, fix, loads_checkpoint_dtype=loads)
+    why = f"{keeps_none} (keep bf16: {key.override}={BF16_FOR_FP32[str(settings.storage_dtype)]})"
+    if key.pointed_at:
+        why += f"; it pointed at {key.pointed_at}, which names no dtype"
+    if model.kernels_of_16_bits and not settings.compute_dtype:
+        why += f"; {model.kernels_of_16_bits} takes 16 bits alone: the job must autocast, or use precision_policy=mixed"
+    return Decision(
+        "set",
+        key.path,
+        key.value,
+        settings.storage_dtype,
+        why,
+        fix,
+        fp32=True,
+        added=not key.is_there,
+        loads_checkpoint_dtype=loads,
     )
 
 
-def _frozen_base(facts: Facts, model: ModelFacts, fix: str) -> Decision | None:
-    anyway = _anyway(fix)
-    also = "; no bf16 compute is supplied to it" if facts.compute_dtype else ""
-    if facts.peft is not None:
-        not_here = f" (not about this model: {facts.peft_setting}=null)" if facts.peft_setting else ""
-        reason = f"PEFT is on ({facts.peft}), and a frozen base may stay in the checkpoint's dtype{also}{not_here or anyway}"
-        return Decision("peft", None, None, None, reason, fix, found=bool(facts.peft_setting))
-    if model.quantized is not None:
-        reason = f"the model is quantized ({model.quantized}), and fp32 would undo what its dtype is for{also}"
-        return Decision("quantized", None, None, None, reason, fix, found=True)
-    return None
+def _fp32_override(model: Model | None, settings: Settings) -> str:
+    """The override that stores the model in fp32; empty where none is known."""
+    if model is None or not model.keys or model.keys[0].takes_no_name:
+        return ""
+    return f"{model.keys[0].override}={settings.storage_dtype}"
 
 
-def _no_torch_optimizer(facts: Facts, fix: str) -> Decision | None:
-    optimizer = facts.optimizer
-    if isinstance(optimizer, str):
-        return Decision("no_optimizer", None, None, None, f"{optimizer}; {_WATCHED}{_anyway(fix)}{facts.advice}", fix)
-    if not optimizer.torch_optim:
-        return Decision("not_torch_optim", None, None, None, f"{optimizer.name}{_anyway(fix)}", fix)
-    return None
-
-
-def _chosen_dtype(facts: Facts, model: ModelFacts, fix: str) -> Decision | None:
-    field = next((field for field in model.dtypes if field.chosen), None)
-    if field is None:
-        return None
-    start = field.note or f"{field.path}={yaml_word(field.value)} was chosen and"
-    if isinstance(field.value, bool):
-        stores_fp32 = _true_means_fp32(field.path)
-        is_fp32 = field.value is stores_fp32
-        way = "" if stores_fp32 is None else f"{field.override}={yaml_word(stores_fp32)}"
-    else:
-        is_fp32 = str(field.value) in BF16_FOR_FP32
-        way = f"{field.override}={facts.fp32}"
-    other = f" (fp32 storage: {way})" if way and not is_fp32 else ""
-    reason = f"{start} stays as it is{other}"
-    return Decision("explicit_dtype", field.path, field.value, field.value, reason, way, fp32=is_fp32)
-
-
-def _true_means_fp32(path: str) -> bool | None:
-    """Whether a switch stores in fp32 when it is true, told by its name; None where the name does not tell."""
+def _value_of_fp32(path: str) -> bool | None:
+    """What a switch of this path holds where it stores in fp32, told by its name; None where the name does not tell."""
     name = path.rpartition(".")[2]
-    return False if "16" in name or "half" in name else True if "32" in name else None
-
-
-def _writable(facts: Facts, model: ModelFacts, fix: str) -> Decision:
-    if model.refusal is not None:
-        rule, why = model.refusal
-        return Decision(rule, None, None, None, f"{why}{facts.advice}")
-    assert isinstance(facts.optimizer, OptimizerFacts)
-    field = model.dtypes[0]
-    keeps_none = f"{facts.optimizer.name} keeps no fp32 master copy"
-    loads = model.loads_checkpoint_dtype or field.value == "auto"
-    if not facts.write:
-        reason = f"{keeps_none}, but this option only warns (fp32 storage: {fix})"
-        return Decision("warn_only", field.path, field.value, field.value, reason, fix, loads_checkpoint_dtype=loads)
-    pointed = f"; it pointed at {field.pointed_at}, which names no dtype" if field.pointed_at else ""
-    kernels = ""
-    if model.fp16_kernels and not facts.compute_dtype:
-        kernels = f"; {model.fp16_kernels} takes 16 bits alone: the job must autocast, or use precision_policy=mixed"
-    reason = f"{keeps_none} (keep bf16: {field.override}={BF16_FOR_FP32[str(facts.fp32)]}){pointed}{kernels}"
-    path, before, added = field.path, field.value, not field.there
-    return Decision("set", path, before, facts.fp32, reason, fix, fp32=True, added=added, loads_checkpoint_dtype=loads)
-
-
-def _anyway(fix: str) -> str:
-    return f" (fp32 storage all the same: {fix})" if fix else ""
-
-
-def yaml_word(value: Any) -> str:
-    """A plain value as YAML and the command line spell it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if "16" in name or "half" in name:
+        return False
+    if "32" in name:
+        return True
+    return None

@@ -1,4 +1,4 @@
-"""The settings in the config node ``precision_policy``: one line of :class:`Settings` tells everything about each."""
+"""The settings ``precision_policy.*``: one field of :class:`Settings` tells everything about each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from precision_policy.composition.decision import BF16_FOR_FP32, Decision, yaml_word
+from precision_policy.composition.spelling import BF16_FOR_FP32, is_fp32, yaml_word
 
 NODE = "precision_policy"
-"""The config group, and the node that holds its settings and its decision."""
+"""The config group, the name under which settings are typed, and that of the record in Hydra's own node."""
 
 AUTO = "auto"
 _COMPUTE_DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "torch.bfloat16": "bfloat16", None: None}
@@ -80,7 +80,7 @@ def _is_monitor(value: Any) -> bool:
 
 
 def _is_fp32(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool) and str(value) in BF16_FOR_FP32
+    return isinstance(value, (str, int)) and is_fp32(value)
 
 
 def _is_compute_dtype(value: Any) -> bool:
@@ -88,7 +88,7 @@ def _is_compute_dtype(value: Any) -> bool:
 
 
 def _setting(default: Any, check: Callable[[Any], bool], fix: str, meaning: str, shown: str = "") -> Any:
-    """One setting: its default, what it may hold, what to write instead, and README's words on it and on its default."""
+    """One setting: its default, what it may hold, what to write instead, and what docs/settings.md says of both."""
     about = {"check": check, "fix": fix, "meaning": meaning, "shown": shown or f"`{yaml_word(default)}`"}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=about)
@@ -97,7 +97,7 @@ def _setting(default: Any, check: Callable[[Any], bool], fix: str, meaning: str,
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user may set. The metadata of a field holds its check, its fix, and README's words about it.
+    """What the user may set. The metadata of a field holds its check, its fix, and the words of docs/settings.md about it.
 
     ``chosen`` is no setting: it holds the names that were set rather than left to their defaults.
     """
@@ -151,6 +151,12 @@ class Settings:
         "Use bfloat16, or null to leave it to the application.",
         "`bfloat16`: the forward pass runs under bf16 autocast where the application does not; the option `mixed` sets it",
     )
+    master_weights: bool = _setting(
+        False,
+        _is_bool,
+        "Use true or false.",
+        "`true`: optimizers keep fp32 master weights of bf16 parameters; the options `master_weights` and `mixed` set it",
+    )
     bf16_adam: Literal["warn", "error", "ignore"] = _setting(
         "warn",
         lambda value: value in ("warn", "error", "ignore"),
@@ -162,7 +168,7 @@ class Settings:
         lambda value: value is None or _is_count(value, 1),
         "Use a number of elements, or null for the default.",
         "how many weights the warning's numbers are read from",
-        shown="2^26 on a CPU, all on a GPU",
+        shown="2^26",
     )
     monitor: Mapping[str, int] = _setting(
         {"every": 0},
@@ -179,7 +185,7 @@ class Settings:
         return (self.dtype_key,) if self.dtype_key else ("dtype", "torch_dtype")
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as they stand in the job's config."""
+        """The settings as they stand in the record."""
         return {name: getattr(self, name) for name in NAMES}
 
     def each_pair(self) -> dict[str | None, Pair]:
@@ -193,51 +199,43 @@ class Settings:
         }
 
 
-TABLE = tuple(one for one in fields(Settings) if one.name != "chosen")
-NAMES = tuple(one.name for one in TABLE)
-_DEFAULTS = Settings()
+TABLE = tuple(setting for setting in fields(Settings) if setting.name != "chosen")
+NAMES = tuple(setting.name for setting in TABLE)
+DEFAULTS = Settings().as_dict()
+
+# The settings that a decision is made from: a record that is restored keeps its decision unless one of them is typed.
+DECIDES = frozenset({"write", "model", "optimizer", "peft", "pairs", "dtype_key", "storage_dtype"})
 
 
-def parse(raw: Mapping[str, Any]) -> Settings:
-    """Check what stands in the config node; an absent key, as ``???`` leaves it, takes its default.
+def parse(given: Mapping[str, Any]) -> Settings:
+    """Check what was set, and take the default of everything else.
 
     Raises:
         SettingError: an unknown key, or a value outside what its key may hold.
     """
-    _check_decision(raw.get("decision"))
-    given = {key: _as_meant(key, value) for key, value in raw.items() if key != "decision"}
-    by_name = {one.name: one for one in TABLE}
-    for key, value in given.items():
+    by_name = {setting.name: setting for setting in TABLE}
+    meant = {key: _as_meant(key, value) for key, value in given.items()}
+    for key, value in meant.items():
         if key not in by_name:
             raise _unknown(key, value)
+        about = by_name[key].metadata
         if key == "compute_dtype" and value in _FP16:
             problem = "fp16 compute needs loss scaling, which only the application can do"
-            raise SettingError(f"{NODE}.{key}", value, problem, by_name[key].metadata["fix"])
-        if not by_name[key].metadata["check"](value):
-            raise SettingError(f"{NODE}.{key}", value, "not a value that this setting takes", by_name[key].metadata["fix"])
-    settings = Settings(**given)
-    # A job's saved config that is run again has every setting in it, whoever set it.
-    saved = raw.get("decision") is not None
-    chosen = frozenset(key for key, value in given.items() if not saved or value != getattr(_DEFAULTS, key))
-    compute_dtype = _COMPUTE_DTYPES[settings.compute_dtype]
-    return replace(settings, compute_dtype=compute_dtype, monitor={"every": 0, **settings.monitor}, chosen=chosen)
+            raise SettingError(f"{NODE}.{key}", value, problem, about["fix"])
+        if not about["check"](value):
+            raise SettingError(f"{NODE}.{key}", value, "not a value that this setting takes", about["fix"])
+    settings = Settings(**meant)
+    return replace(
+        settings,
+        compute_dtype=_COMPUTE_DTYPES[settings.compute_dtype],
+        monitor={"every": 0, **settings.monitor},
+        chosen=frozenset(meant),
+    )
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
     """The name that was probably meant, or None."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
-
-
-def _check_decision(decision: Any) -> None:
-    """A decision may stand there only where an earlier run of this config left a whole one."""
-    whole = set(Decision.__dataclass_fields__)
-    if decision is None:
-        return
-    if isinstance(decision, Mapping):
-        records = [decision] if "rule" in decision or not decision else list(decision.values())
-        if records and all(isinstance(one, Mapping) and set(one) == whole for one in records):
-            return
-    raise SettingError(f"{NODE}.decision", decision, "the policy fills this in", "Leave it out.")
 
 
 def _as_meant(key: str, value: Any) -> Any:
@@ -248,6 +246,8 @@ def _as_meant(key: str, value: Any) -> Any:
 
 
 def _unknown(key: str, value: object) -> SettingError:
+    if key == "decision":
+        return SettingError(f"{NODE}.{key}", value, "the policy fills this in", "Leave it out.")
     near = nearest_name(key, NAMES)
     hint = f"Did you mean {NODE}.{near}? " if near else ""
     problem = "the precision policy has no such setting"

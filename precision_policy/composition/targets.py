@@ -7,6 +7,7 @@ optimizers, and ``torch.optim.Optimizer`` is only their base class.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, Final
 
 from omegaconf import DictConfig
@@ -23,6 +24,36 @@ _NAMES = "ASGD Adadelta Adagrad Adam AdamW Adamax LBFGS NAdam RAdam RMSprop Rpro
 _BY_NAME = {name.lower(): f"torch.optim.{name}" for name in _NAMES.split()}
 # The names of transformers.TrainingArguments(optim=...) that stand for torch.optim.AdamW.
 _BY_NAME |= dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "torch.optim.AdamW")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A package whose methods of models are known to read ``torch_dtype="float32"``.
+
+    Attributes:
+        models: the names of its classes that do.
+        methods: the methods of these that do.
+        loads_checkpoint_dtype: whether ``from_pretrained`` without a dtype loads the dtype of the checkpoint.
+    """
+
+    models: re.Pattern[str]
+    methods: tuple[str, ...]
+    loads_checkpoint_dtype: bool
+
+
+_ANY_CLASS: Final = re.compile(r"[A-Z]\w*")
+LOADERS: Final = {
+    # transformers 5.23, modeling_utils.py: `from_pretrained` and `_from_config` take `torch_dtype` from their kwargs, where
+    # `dtype` is not given, and turn its name into a torch.dtype. Nothing given means the checkpoint's own since version 5.
+    "transformers": Loader(_ANY_CLASS, ("from_pretrained", "from_config"), loads_checkpoint_dtype=True),
+    # diffusers 0.42, models/modeling_utils.py and pipelines/pipeline_utils.py: `from_pretrained` takes `torch_dtype` from its
+    # kwargs, and reads any name as fp32. `from_config` (configuration_utils.py) ignores the key. Nothing given means fp32.
+    "diffusers": Loader(_ANY_CLASS, ("from_pretrained",), loads_checkpoint_dtype=False),
+    # nemo_automodel 0.7, _transformers/auto_model.py: both methods of its auto classes have the parameter `torch_dtype="auto"`,
+    # and turn a name into a torch.dtype.
+    "nemo_automodel": Loader(re.compile(r"NeMoAutoModel\w*"), ("from_pretrained", "from_config"), loads_checkpoint_dtype=True),
+}
+"""The packages known by name. Elsewhere a method of the same name may take no dtype, and die of one."""
 
 
 def dotted(target: Any) -> str | None:
@@ -43,14 +74,29 @@ def guess(name: str) -> str | None:
     return name if is_torch_optim(name) else _BY_NAME.get(name.strip().lower())
 
 
-def is_factory(target: str) -> bool:
-    """Whether a dotted path names one of the usual factories of models, which take a dtype: transformers' and diffusers'."""
-    return target.rpartition(".")[2] in ("from_pretrained", "from_config")
+def is_of_torch(target: str | None) -> bool:
+    """Whether a dotted path leads into torch, whose functions take a ``torch.dtype`` and never its name."""
+    return target is not None and target.startswith("torch.")
 
 
-def loads_checkpoint_dtype(target: str) -> bool:
-    """Whether a dotted path names a factory that loads a checkpoint in its own dtype when none is named."""
-    return target.rpartition(".")[2] == "from_pretrained"
+def reads_torch_dtype(target: str) -> bool:
+    """Whether a dotted path names a method that is known to read ``torch_dtype="float32"``."""
+    return _loader(target) is not None
+
+
+def loads_checkpoint_dtype(target: str | None) -> bool:
+    """Whether a dotted path names a method that loads a checkpoint in its own dtype when none is named."""
+    loader = _loader(target) if target is not None else None
+    return loader is not None and loader.loads_checkpoint_dtype and str(target).endswith(".from_pretrained")
+
+
+def _loader(target: str) -> Loader | None:
+    parts = target.split(".")
+    loader = LOADERS.get(parts[0])
+    if loader is None or len(parts) < 3:
+        return None
+    model, method = parts[-2:]
+    return loader if method in loader.methods and loader.models.fullmatch(model) else None
 
 
 # Their result is what ``path`` names. The last is where hydra-zen's ``just(...)`` leads.

@@ -57,7 +57,10 @@ def files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
+        raise CheckpointError(
+            f"{path}: no such file or directory. A local path is wanted: a safetensors file, or a directory that holds some. "
+            "Names on a hub are not looked up"
+        )
     found = sorted(path.glob("*.safetensors"))
     for index in sorted(path.glob("*.safetensors.index.json")):
         try:
@@ -136,7 +139,7 @@ def _count(
         part = tensor.reshape(-1)[start : start + size]
         if tensor.dtype not in estimate.FORMATS:
             return "", tensor.dtype, estimate.Histogram(tensor.dtype, total=size)
-        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)[0]
+        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)
 
 
 @contextlib.contextmanager

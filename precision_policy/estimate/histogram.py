@@ -2,9 +2,10 @@
 
 A weight w with ``2**e <= |w| < 2**(e+1)``, stored with p significant bits (bf16: 8, fp16: 11), lies half a step of
 ``2**(e-p)`` from where rounding would take it to its neighbour: an update smaller than that leaves it bit-identical. Adam's
-first update is lr for every element and later ones are smaller (Kingma and Ba 2015, section 2.1: the effective step is
-bounded by about lr), so the share of weights that an update of size lr cannot move is a floor for the share that is lost.
-It depends on the weights by their exponents alone: one histogram of those answers for every learning rate.
+first update is lr for every element, so the share of weights that an update of size lr cannot move is what its first step
+loses. Later updates are mostly smaller, so that more is lost. They can be larger than lr: an element whose first gradient comes
+at step 2,000 is moved by 2.94 lr, with the usual betas. The share depends on the weights by their exponents alone: one
+histogram of those answers for every learning rate.
 
 At an exact power of two the step towards zero is half as large. Such a weight counts as lost although an update in that
 one direction may move it; that is at most one weight in 128, and half of those, in a single exponent.
@@ -21,12 +22,11 @@ import torch
 
 from precision_policy.estimate import parameters
 
-CPU_SAMPLE: Final = 2**26
-"""Elements looked at on a CPU, unless told otherwise: about 0.1 s."""
+SAMPLE: Final = 2**26
+"""Elements looked at, unless told otherwise: about 0.1 s on a CPU."""
 
 _CHUNK: Final = 2**19  # elements; what a pass allocates is two bytes for each of these
 _MAGNITUDES: Final = 2**15  # values of 16 bits without the sign
-_ON_CUDA: Final = 2**20  # elements from which on the kernel is worth its start
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,14 @@ class Histogram:
 
     def rate_losing(self, share: float) -> float:
         """The rate below which at least this share of elements, 0 to 1, does not move; a power of two, 0.0 if there is none."""
-        for power in range(128, -150, -1):
-            if self.lost(0.75 * 2.0**power) >= share:  # the same for every update from half of 2**power up to it
-                return 2.0**power
+        form = FORMATS[self.dtype]
+        lost = 0
+        for exponent in range(255, 0, -1):
+            lost += self.counts[exponent]
+            if exponent == 1:
+                lost += self.counts[0]  # subnormals have the step of the smallest normal numbers
+            if lost and lost >= share * self.seen:
+                return 2.0 ** (exponent - form.bias - form.significant)
         return 0.0
 
 
@@ -112,14 +117,12 @@ class GroupEstimate:
         lr: the group's learning rate, as a float; NaN where it cannot be read.
         histogram: of its trainable elements in that dtype.
         lost: the share of those, 0 to 1, that an update of size lr cannot move.
-        unread: elements that hold no readable values (meta and sparse tensors, say); they are in no other figure.
         kinds: the histogram's parts, by kind of parameter.
     """
 
     lr: float
     histogram: Histogram
     lost: float
-    unread: int
     kinds: dict[str, Histogram] = field(default_factory=dict)
 
 
@@ -128,11 +131,12 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
 
     Args:
         param_groups: as in ``optimizer.param_groups``: mappings with ``params`` and ``lr``.
-        sample: how many elements to look at, over all groups, evenly spread; None for 2**26 on a CPU and for all on a GPU.
+        sample: how many elements to look at, over all groups, evenly spread; None for 2**26.
 
     Returns:
         One estimate per group and 16-bit dtype among its trainable parameters, in the order of the groups. Sharded
-        parameters are counted by this process's shard.
+        parameters are counted by this process's shard. Elements that hold no readable values (of meta and sparse tensors,
+        say) are in no figure.
     """
     groups = [(as_float(group.get("lr", math.nan)), list(group["params"])) for group in param_groups]
     step = stride([p for _, params in groups for p in params], sample)
@@ -141,16 +145,21 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
         for dtype in FORMATS:
             mine = parameters.trainable(params, (dtype,))
             if mine:
-                kinds, unread = {}, 0
-                for kind in parameters.KINDS:
-                    of_kind = [p for p in mine if parameters.kind(p) == kind]
-                    counted, not_read = histogram(of_kind, dtype, parameters.EvenSample(step))
-                    unread += not_read
-                    if counted.total:
-                        kinds[kind] = counted
+                kinds = _by_kind(mine, dtype, step)
                 whole = together(dtype, kinds.values())
-                estimates.append(GroupEstimate(lr, whole, whole.lost(lr), unread, kinds))
+                estimates.append(GroupEstimate(lr, whole, whole.lost(lr), kinds))
     return estimates
+
+
+def _by_kind(params: Sequence[torch.Tensor], dtype: torch.dtype, step: int) -> dict[str, Histogram]:
+    """The exponents of parameters of one dtype, by kind of parameter; without the kinds of which nothing can be read."""
+    kinds = {}
+    for kind in parameters.KINDS:
+        of_kind = [p for p in params if parameters.kind(p) == kind]
+        counted = histogram(of_kind, dtype, parameters.EvenSample(step))
+        if counted.total:
+            kinds[kind] = counted
+    return kinds
 
 
 def as_float(number: Any) -> float:
@@ -164,27 +173,23 @@ def as_float(number: Any) -> float:
 def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
     """The stride with which about ``sample`` elements are looked at; see :func:`lost_updates` for None."""
     low = parameters.trainable(params, FORMATS)
-    if sample is None and not any(p.device.type == "cpu" for p in low):
-        return 1
-    return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample or CPU_SAMPLE)
+    return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample or SAMPLE)
 
 
-def histogram(
-    params: Iterable[torch.Tensor], dtype: torch.dtype, sample: parameters.EvenSample | None = None
-) -> tuple[Histogram, int]:
-    """The exponents of parameters of one dtype, all or an even sample, and how many elements could not be read."""
-    result, unread, views = Histogram(dtype), 0, sample or parameters.EvenSample(1)
+def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, sample: parameters.EvenSample | None = None) -> Histogram:
+    """The exponents of parameters of one dtype, all or an even sample."""
+    result = Histogram(dtype)
+    views = sample or parameters.EvenSample(1)
     for param in params:
         tensor = parameters.local(param)
         try:
             counts = _counts(tensor, FORMATS[dtype], views)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError):
             # Meta, sparse, fake and wrapper-subclass tensors hold nothing that can be read in place, and each refuses in
-            # its own way. A diagnosis must not end the job, so what refuses is counted apart.
-            unread += int(tensor.numel())
+            # its own way. A diagnosis must not end the job, so what refuses is left out.
             continue
         result.add(Histogram(dtype, counts, int(tensor.numel())))
-    return result, unread
+    return result
 
 
 @torch.no_grad()
@@ -192,10 +197,7 @@ def _counts(tensor: torch.Tensor, form: _Format, views: parameters.EvenSample) -
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise NotImplementedError("no values to read")
     counts = [0] * 256
-    for view in views.of(tensor.detach().view(torch.int16)):
-        bits = view
-        if bits.is_cuda and bits.is_contiguous() and bits.numel() >= _ON_CUDA:
-            bits = _count_on_cuda(bits, form, counts)
+    for bits in views.of(tensor.detach().view(torch.int16)):
         if bits.numel():
             counts = [a + b for a, b in zip(counts, _bincount(bits, form), strict=True)]
     return counts
@@ -212,13 +214,3 @@ def _bincount(bits: torch.Tensor, form: _Format) -> list[int]:
         total += torch.bincount(part, minlength=_MAGNITUDES)
     counts = total.view(-1, 2**form.shift).sum(1).tolist()
     return [int(count) for count in counts] + [0] * (256 - len(counts))
-
-
-def _count_on_cuda(bits: torch.Tensor, form: _Format, counts: list[int]) -> torch.Tensor:
-    """Add the counts of nearly all elements, in one kernel; gives back what is left to count."""
-    try:
-        from precision_policy.estimate.cuda_histogram import add_counts
-
-        return add_counts(bits, form.shift, counts)
-    except Exception:  # no Triton, or one that finds no C compiler here, as in many containers: torch can count as well
-        return bits

@@ -2,94 +2,59 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from precision_policy.job import plan, ranks
+from precision_policy.job.speaker import Speaker
+from precision_policy.record import Decision, Record
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
 
-_LOG = logging.getLogger("precision_policy")
-
 
 class JobCallback(Callback):
-    """Speaks and watches for every job of a run or sweep; there is one for all jobs of a sweep in one process.
+    """Speaks and watches for every job of a run or sweep; there is one for all jobs of a sweep in one process."""
 
-    Args:
-        find: gives the policy's node of a job's config, or None.
-        compose: composes a job's config with further overrides, so that advice is tried before it is given.
-    """
-
-    def __init__(self, find: Callable[[DictConfig], Any], compose: Callable[[DictConfig, list[str]], DictConfig]) -> None:
-        self._find = find
-        self._compose = compose
-        self._stops: list[Callable[[], None]] = []
+    def __init__(self) -> None:
+        self._armed = contextlib.ExitStack()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Log the decision and arm the watch.
-
-        Raises:
-            SystemExit: no decision was made when the config was composed. No other kind of exception would do: Hydra
-                turns those that a callback raises into warnings, and the job would run without its policy.
-        """
-        _call_all(self._stops)
-        settings = self._find(config)  # absent where a sweep deletes it
-        if not isinstance(settings, DictConfig) or not settings.get("enabled", True):
+        """Log the decisions, and arm what the job asks for."""
+        self._armed.close()
+        node = OmegaConf.select(config, "hydra.precision_policy")  # absent in a job of a sweep that chooses no option
+        if node is None or not node.enabled:
             return
-        node: dict[str, Any] = OmegaConf.to_container(settings)  # type: ignore[assignment]  # of a mapping, it is one
-        if not node.get("decision"):
-            raise SystemExit(
-                "precision_policy is on, but nothing was decided when the config was composed: this version of "
-                "hydra-precision-policy does not know this version of Hydra.\n"
-                "Install a version that does, or switch the policy off (precision_policy=off)."
-            )
-        todo = plan.read(node, _option(config))
-        if ranks.is_rank_zero():
-            for decision in plan.decisions(node):
-                level = logging.WARNING if plan.found_nothing(decision) else logging.INFO
-                _LOG.log(level, "%s: %s", todo.option, plan.line(decision))
-        self._stops = _arm(todo, functools.partial(self._compose, config))
+        record = Record.read(OmegaConf.to_container(node))  # type: ignore[arg-type]  # of a mapping, it is one
+        option = _option(config)
+        speaker = Speaker()
+        for decision in record.decisions:
+            speaker.say(logging.INFO, f"{option}: {describe(decision)}")
+        # Imported here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.
+        from precision_policy.job import arming
+
+        self._armed = arming.arm(record, option)
         # Hydra 1.3 ends a job that KeyboardInterrupt stops without telling its callbacks.
-        weakref.finalize(self, _call_all, self._stops)
+        weakref.finalize(self, self._armed.close)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Leave torch as it was before the job."""
-        _call_all(self._stops)
+        self._armed.close()
 
 
-def _arm(todo: plan.Plan, compose: Callable[[list[str]], DictConfig]) -> list[Callable[[], None]]:
-    """Arm what the plan asks for; the result undoes it."""
-    stops: list[Callable[[], None]] = []
-    # Imported here and not at the top: Hydra imports this module for --multirun too, where only the jobs need torch.
-    if todo.watches:
-        from precision_policy.job import compensating, spawned
-        from precision_policy.job.watch import Watch
-
-        watch = Watch(todo, advise=lambda optimizer: compensating.line(optimizer, todo.optimizer, compose))
-        watch.arm()
-        stops += [watch.disarm, spawned.follow(watch)]
-    if todo.monitor:
-        from precision_policy.job.monitor import Monitor
-
-        monitor = Monitor(todo.monitor, todo.option)
-        monitor.start()
-        stops.append(monitor.stop)
-    return stops
+def describe(decision: Decision) -> str:
+    """One decision as the text that reports it."""
+    if decision.rule != "set":
+        return f"nothing set ({decision.rule}): {decision.reason}"
+    before = "unset" if decision.before is None else decision.before
+    return f"{decision.key}: {before} -> {decision.after}: {decision.reason}"
 
 
 def _option(config: DictConfig) -> str:
     """How the option that is on is called on the command line; a saved config that runs again does not tell."""
-    choice = OmegaConf.select(config, "hydra.runtime.choices.precision_policy", default=None)
+    choice = OmegaConf.select(config, "hydra.runtime.choices.precision_policy")
     return f"precision_policy={choice}" if choice else "precision_policy"
-
-
-def _call_all(stops: list[Callable[[], None]]) -> None:
-    while stops:
-        stops.pop()()

@@ -25,6 +25,7 @@ from precision_policy.job.events import Events, Listener
 from precision_policy.job.pieces import LOW_BITS, WHOLE, Member, Piece, Scratch, cut, elements_of, scratch_for, scratch_on_cpu
 from precision_policy.job.speaker import Speaker
 from precision_policy.job.torch_states import Kind, base_of, kind_of
+from precision_policy.job.whole_adam import WholeAdam
 
 _LBFGS: Final = "LBFGS works on all parameters as one vector"
 _DIFFERENTIABLE: Final = "differentiable=True keeps the graph of the update"
@@ -32,6 +33,10 @@ _SPARSE: Final = "its gradients are sparse"
 _SUBCLASS: Final = "it is a tensor of a class that is not known"
 _FP16: Final = "fp16 needs loss scaling as well"
 _STORED_WIDE: Final = "it is not stored in 16 bits"
+
+
+# On a GPU, many small parameters are worth keeping memory for: to lay out their pieces takes longer than to step them.
+_KEPT_ELEMENTS: Final = 2**23
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class MasterWeights(Listener):
         refusal = _refusal(optimizer)
         if refusal is not None:
             result = step(optimizer, *args, **kwargs)
-            plan = self._plans[optimizer] = _Plan(kind_of(type(optimizer)))
+            plan = self._plans[optimizer] = _Plan.for_class(type(optimizer))
             plan.refused[refusal] = sum(param.dtype is torch.bfloat16 for param in _params(optimizer))
             return result
         closure = args[0] if args else kwargs.get("closure")
@@ -134,7 +139,12 @@ class MasterWeights(Listener):
             return
         if any(plan.rest):
             swap.step_rest(optimizer, step, plan.rest)
-        for pieces in self._pieces(plan):
+        if plan.whole_adam.can_step(optimizer, plan.members):
+            others = plan.whole_adam.step(optimizer, plan.members)
+            pieces_of_others = self._cut(others, plan.kind)
+        else:
+            pieces_of_others = self._pieces(plan)
+        for pieces in pieces_of_others:
             if len(pieces) == 1:
                 swap.step_piece(optimizer, step, plan.kind, pieces[0])
             else:
@@ -144,12 +154,15 @@ class MasterWeights(Listener):
         """Who is stepped how, this time: it depends on who has a gradient. What was made for the last step is used again."""
         before = self._plans.get(optimizer)
         if before is None:
-            before = _Plan(kind_of(type(optimizer)))
+            before = _Plan.for_class(type(optimizer))
+        elif before.is_for(optimizer.param_groups):
+            return before
         known = {id(member.param): member for member in before.members}
-        plan = _Plan(before.kind)
+        plan = _Plan(before.kind, before.whole_adam)
         occurrences = []
         for number, group in enumerate(optimizer.param_groups):
             rest = []
+            plan.looks.append([_look_at(param) for param in group["params"]])
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
@@ -176,18 +189,23 @@ class MasterWeights(Listener):
         return plan
 
     def _pieces(self, plan: _Plan) -> list[list[Piece]]:
-        """The pieces of a plan, which lie in memory that is kept on a CPU, and is taken from torch's cache on other devices."""
-        if plan.pieces is not None:
-            return plan.pieces
+        """The pieces of a plan. They are used again where the memory in which they lie is kept."""
+        if plan.pieces is None:
+            pieces = self._cut(plan.members, plan.kind)
+            if elements_of(plan.members) > _KEPT_ELEMENTS and any(member.device.type != "cpu" for member in plan.members):
+                return pieces
+            plan.pieces = pieces
+        return plan.pieces
+
+    def _cut(self, members: Sequence[Member], kind: Kind) -> list[list[Piece]]:
+        """The pieces of members: in memory that is kept on a CPU, and that is taken from torch's cache on other devices."""
         pieces: list[list[Piece]] = []
-        for device, members in _by_device(plan.members).items():
+        for device, its in _by_device(members).items():
             if device.type == "cpu":
                 self._scratch = self._scratch or scratch_on_cpu()
-                pieces += cut(members, self._scratch, plan.kind.elementwise)
+                pieces += cut(its, self._scratch, kind.elementwise)
             else:
-                pieces += cut(members, scratch_for(members, device), plan.kind.elementwise)
-        if all(member.device.type == "cpu" for member in plan.members):
-            plan.pieces = pieces
+                pieces += cut(its, scratch_for(its, device), kind.elementwise)
         return pieces
 
     def _plans_inside(self, optimizer: Optimizer) -> list[tuple[Optimizer, _Plan]]:
@@ -207,17 +225,56 @@ class _Plan:
 
     Attributes:
         kind: what is known of the optimizer's step.
+        whole_adam: makes that step where it is Adam's and nothing about it is unusual.
         members: those that are stepped by master weights.
         rest: for each parameter group, those that torch steps as they are.
         refused: for each reason, how many of these are of 16 bits.
         pieces: of the members, where they can be used again.
+        looks: what it was made from: for each parameter group, what was seen of its parameters.
     """
 
     kind: Kind
+    whole_adam: WholeAdam
     members: list[Member] = field(default_factory=list)
     rest: list[list[torch.Tensor]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     pieces: list[list[Piece]] | None = None
+    looks: list[list[_Look]] = field(default_factory=list)
+
+    @classmethod
+    def for_class(cls, kind: type[Optimizer]) -> _Plan:
+        """An empty plan for an optimizer of this class."""
+        known = kind_of(kind)
+        return cls(known, WholeAdam(known))
+
+    def is_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the parameters are as they were when the plan was made. It is asked at each step, so it is quick."""
+        if len(groups) != len(self.looks):
+            return False
+        for group, looks in zip(groups, self.looks, strict=True):
+            params = group["params"]
+            if len(params) != len(looks):
+                return False
+            for param, look in zip(params, looks, strict=True):
+                seen, dtype, shape, stride, device, layout_of_grad = look
+                if param is not seen or param.dtype is not dtype:
+                    return False
+                grad = param.grad
+                if layout_of_grad is not (None if grad is None else grad.layout):
+                    return False
+                # A DTensor's part is looked at when it is stepped.
+                if param.shape != shape or param.stride() != stride or param.device != device:
+                    return False
+        return True
+
+
+# Of a parameter: itself, its dtype, shape, stride and device, and the layout of its gradient, None where it has none.
+_Look = tuple[Any, ...]
+
+
+def _look_at(param: torch.Tensor) -> _Look:
+    layout_of_grad = None if param.grad is None else param.grad.layout
+    return param, param.dtype, param.shape, param.stride(), param.device, layout_of_grad
 
 
 def _refusal(optimizer: Optimizer) -> str | None:

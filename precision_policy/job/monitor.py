@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
-from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from precision_policy.estimate import histogram as estimate
-from precision_policy.estimate import parameters
-from precision_policy.job import optimizers, ranks
+from precision_policy.estimate import histogram, parameters
+from precision_policy.job import optimizers, ranks, words
+from precision_policy.job.events import Listener
+from precision_policy.job.speaker import Speaker
 
-_LOG = logging.getLogger("precision_policy")
 _PER_GROUP: Final = 2**16  # elements
-_Before = tuple[list[list[torch.Tensor]], list[torch.Tensor]]  # the trainable parameters by group, and their sample's values
+# The keys of an optimizer's state under which master weights are kept: the low bits, or under FSDP1 whole copies in fp32.
+_KEYS: Final = ("master_low_bits", "master_param")
+_INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Monitor:
+@dataclass
+class _Sample:
+    """The bits of some weights, parameter by parameter.
+
+    Attributes:
+        bits: of the weights.
+        masters: of what is kept beside them for master weights, or None where there is nothing.
+    """
+
+    bits: list[torch.Tensor] = field(default_factory=list)
+    masters: list[torch.Tensor | None] = field(default_factory=list)
+
+
+class Monitor(Listener):
     """Logs one INFO line per optimizer every ``every`` steps, on rank zero.
 
     Only a sample is copied, at most 2**16 elements per parameter group, and only in the steps that are reported. What
@@ -28,69 +43,104 @@ class Monitor:
 
     Args:
         every: the number of steps between two lines, at least 1.
-        option: how the option that speaks is called.
+        speaker: says them.
+        option: how the option that is on is called.
     """
 
-    def __init__(self, every: int, option: str = "precision_policy") -> None:
+    def __init__(self, every: int, speaker: Speaker, option: str = "precision_policy") -> None:
         self._every = every
+        self._speaker = speaker
         self._option = option
-        self._failed = False
         self._steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-        self._before: weakref.WeakKeyDictionary[Optimizer, _Before] = weakref.WeakKeyDictionary()
-        self._handles: list[Any] = []
+        # The trainable parameters by group, and what they were before the step that is reported.
+        self._before: weakref.WeakKeyDictionary[Optimizer, tuple[list[list[torch.Tensor]], _Sample]]
+        self._before = weakref.WeakKeyDictionary()
 
-    def start(self) -> None:
-        """Register torch's global step hooks."""
-        self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._guarded(self._before_step, optimizer)),
-            register_optimizer_step_post_hook(lambda optimizer, *_: self._guarded(self._after_step, optimizer)),
-        ]
-
-    def stop(self) -> None:
-        """Remove them."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _guarded(self, look: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
-        try:
-            look(optimizer)
-        except Exception:
-            self._before.clear()
-            if not self._failed:
-                self._failed = True
-                _LOG.warning("%s: the monitor could not read a step; the job goes on", self._option, exc_info=True)
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def about_to_step(self, optimizer: Optimizer) -> None:
+        """Copy a sample of the weights before a step that is reported."""
         step = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if step % self._every == 0 and ranks.is_rank_zero():
             # The step may add groups to the optimizer: both looks are at what is there now.
             groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-            self._before[optimizer] = groups, [view.clone() for view in _sample(groups)]
+            try:
+                self._before[optimizer] = groups, _copy(_sample(optimizer, groups))
+            except Exception:
+                self._fail()
 
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer) -> None:
-        groups, before = self._before.pop(optimizer, ([], []))
-        total = sum(old.numel() for old in before)
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Compare the sample with what the step has made of it."""
+        groups, before = self._before.pop(optimizer, ([], _Sample()))
+        if not before.bits:
+            return
+        try:
+            self._compare(optimizer, before, _sample(optimizer, groups))
+        except Exception:
+            self._fail()
+
+    def _compare(self, optimizer: Optimizer, before: _Sample, after: _Sample) -> None:
+        total, same = 0, 0
+        for old, old_master, new, new_master in zip(before.bits, before.masters, after.bits, after.masters, strict=True):
+            is_same = old == new
+            if new_master is not None:
+                is_same &= new_master == (_initial(old, new_master.dtype) if old_master is None else old_master)
+            total += old.numel()
+            same += int(is_same.sum())
         if not total:
             return
-        same = sum(int((old == new).sum()) for old, new in zip(before, _sample(groups), strict=True))
-        rates = ", ".join(sorted({f"{estimate.as_float(group.get('lr')):g}" for group in optimizer.param_groups}))
-        message = "%s: step %d: %.1f%% of a sample of %d weights left unchanged by %s at lr %s"
-        arguments = (self._steps[optimizer], 100 * same / total, total, optimizers.name(optimizer), rates)
-        _LOG.info(message, self._option, *arguments)
+        rates = ", ".join(sorted({f"{histogram.as_float(group.get('lr')):g}" for group in optimizer.param_groups}))
+        has_masters = any(master is not None for master in after.masters)
+        name, step = optimizers.name(optimizer), self._steps[optimizer]
+        text = words.monitored(self._option, name, step, same, total, rates, has_masters)
+        self._speaker.say(logging.INFO, text)
+
+    def _fail(self) -> None:
+        self._before.clear()
+        text = words.monitor_failed(self._option)
+        self._speaker.say_once("monitor", logging.WARNING, lambda: text, exc_info=True)
 
 
-def _sample(groups: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+def _copy(sample: _Sample) -> _Sample:
+    masters = [None if master is None else master.clone() for master in sample.masters]
+    return _Sample([bits.clone() for bits in sample.bits], masters)
+
+
+@torch.no_grad()
+def _sample(optimizer: Optimizer, groups: list[list[torch.Tensor]]) -> _Sample:
     """The same views every time: evenly spread over each group's parameters, as far as these can be read."""
-    views = []
+    sample = _Sample()
     for group in groups:
-        params = [parameters.local(p.detach()) for p in group]
-        params = [p for p in params if not p.is_meta and p.layout is torch.strided]
-        sample = parameters.EvenSample(parameters.stride_for(sum(p.numel() for p in params), _PER_GROUP))
-        for param in params:
+        readable = [p for p in group if not p.is_meta and p.layout is torch.strided]
+        stride = parameters.stride_for(sum(parameters.local(p).numel() for p in readable), _PER_GROUP)
+        spread = parameters.EvenSample(stride)
+        for param in readable:
+            spread_again = copy.copy(spread)  # takes what is kept beside at the same places
             try:
-                views += sample.of(param)
+                views = spread.of(_bits(param))
             except (RuntimeError, NotImplementedError, TypeError, AttributeError):  # a tensor subclass may refuse in any way
                 continue
-    return views
+            master = _kept(optimizer, param)
+            sample.bits += views
+            sample.masters += [None] * len(views) if master is None else spread_again.of(master)
+    return sample
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor as integers, so that a NaN equals itself."""
+    part = parameters.local(tensor.detach())
+    return part.view(_INTEGERS[part.element_size()])
+
+
+def _kept(optimizer: Optimizer, param: torch.Tensor) -> torch.Tensor | None:
+    """The bits of what is kept beside a parameter for master weights; None where there is nothing of its layout."""
+    state = optimizer.state.get(param, {})
+    for key in _KEYS:
+        if key in state:
+            bits, weights = _bits(state[key]), parameters.local(param)
+            if bits.shape == weights.shape and bits.stride() == weights.stride():
+                return bits
+    return None
+
+
+def _initial(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What would have been kept beside bf16 weights before there was anything: no low bits, or the same number in fp32."""
+    return torch.zeros_like(bits) if dtype is torch.int16 else bits.to(torch.int32) << 16

@@ -7,7 +7,8 @@ leaves of all pieces lie in the same memory, so fp32 copies exist for one piece 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,6 +25,19 @@ _MOST_ON_CPU: Final = 2**20
 _MOST_ON_GPU: Final = 2**26
 # Leaves begin at multiples of so many elements: kernels read several elements at once where these are aligned.
 _ALIGNMENT: Final = 16
+
+
+def kernels_on(device: torch.device) -> Any:
+    """The module of Triton kernels, where they run on this device; None where torch's operations do their work."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # what is captured must not copy from the host, as a kernel's table of addresses is
+    try:
+        from precision_policy.job import kernels
+    except ImportError:  # no Triton here
+        return None
+    return kernels if kernels.can_run(device) else None
 
 
 class Scratch:
@@ -58,6 +72,7 @@ class Member:
 
     Attributes:
         times: how often it stands in the group. torch warns of more than once, and updates it as often.
+        row: what the step of all of Adam in one kernel keeps of it, for that step's own use.
         keeps_whole: whether its state holds a whole fp32 copy. FSDP1 with ``use_orig_params`` wants one dtype in a state.
         is_shard: whether it is a DTensor, of which this rank has a part.
         shape, size, device: of this rank's part.
@@ -69,6 +84,7 @@ class Member:
         self.param = param
         self.group = group
         self.times = 1
+        self.row: Any = None
         self.keeps_whole = parameters.has_unknown_size(param)
         value = self.value
         self.is_shard = value is not param
@@ -150,9 +166,12 @@ class Piece:
         if self._is_flat:
             count = only.size if part is None else part.stop - part.start
             self._weights, self._room = self._weights[:count], self._room[:count]
+        can_use_kernels = all(member.is_dense and not member.keeps_whole for member in members)
+        self._kernels = kernels_on(only.device) if can_use_kernels else None
+        self._split: Callable[[], None] | None = None
         self.views = self._views_of(scratch.weights, offsets)
         self._grads = self._views_of(scratch.grads, offsets)
-        if not self._is_flat:
+        if not self._is_flat and self._kernels is None:
             self._values = self._views_of(scratch.values, offsets)
             self._lows = self._views_of(scratch.lows, offsets)
         self.leaves = self.views
@@ -200,12 +219,21 @@ class Piece:
     def join(self, lows: Sequence[torch.Tensor | None]) -> None:
         """Make the weights of the leaves: from the values in the model, and the low bits of each, where there are any."""
         values = self._present_values()
+        if self._kernels is not None and all(low is not None for low in lows):
+            parts = [self.of(value) for value in values]
+            self._kernels.join(parts, [self.of(low) for low in lows if low is not None], self.views)
+            return
         if self._is_flat:
             self._weights.copy_(self.of(values[0]))
             if lows[0] is not None:
                 low_bits.join(self._weights, self.of(lows[0]), self._room)
             return
         torch._foreach_copy_(self.views, values)
+        if self._kernels is not None:
+            for view, low in zip(self.views, lows, strict=True):
+                if low is not None:
+                    low_bits.join(_flat(view), _flat(low), torch.empty_like(_flat(view)))
+            return
         present = [low for low in lows if low is not None]
         if not present:
             return
@@ -220,13 +248,21 @@ class Piece:
         """Give the leaves the parameters' gradients, in fp32."""
         grads: list[Any] = [member.param.grad for member in self.members]
         if self._has_shards:
-            grads = [_local_grad(member) for member in self.members]
+            grads = [grad_of(member) for member in self.members]
         if self.part is not None:
             grads = [self.of(self.members[0].lay(grads[0], grads[0].dtype))]
         torch._foreach_copy_(self._grads, grads)
 
+    def prepare_write(self, kept: Sequence[torch.Tensor]) -> None:
+        """Get the memory that writing needs, before anything is written."""
+        if self._kernels is not None:
+            targets = [self.of(value) for value in self._present_values()]
+            self._split = self._kernels.prepare_split(self.views, targets, [self.of(own) for own in kept])
+
     def round_off(self) -> None:
         """Make ready what :meth:`write` writes; it can be done again. The gradients are lost."""
+        if self._split is not None:
+            return
         low_bits.round_off(self._weights, self._room)
         if not self._is_flat:
             values, lows = self._scratch.values[: self.size], self._scratch.lows[: self.size]
@@ -235,6 +271,10 @@ class Piece:
     def write(self, kept: Sequence[torch.Tensor]) -> None:
         """Write the rounded weights into the parameters, and what is kept of each into its place; it can be done again."""
         values = self._present_values()
+        if self._split is not None:
+            self._split()
+            note_writes(values)
+            return
         if self._is_flat:
             low_bits.write(self._weights, self._room, self.of(values[0]), self.of(kept[0]))
             return
@@ -307,11 +347,20 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def note_writes(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that a kernel has written tensors, as it would hear of an operation of torch's."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # before torch 2.5 it took one tensor
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _local_grad(member: Member) -> torch.Tensor:
+def grad_of(member: Member) -> torch.Tensor:
     """This rank's part of a gradient, sharded as the parameter is."""
     grad: Any = member.param.grad
     param: Any = member.param

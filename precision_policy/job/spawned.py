@@ -1,58 +1,76 @@
-"""The watch in a process that the job spawns: a fresh interpreter, in which Hydra never runs. Nothing here imports torch.
+"""The policy in a process that the job starts: a fresh interpreter, in which Hydra never runs. Nothing here imports torch.
 
-So the start of a process is wrapped while the job runs: the plan travels in what is pickled for the process, and arms a watch
-where it arrives. A forked process has the watch anyway.
+So the start of a process is wrapped while the job runs: the record travels in what is pickled for the process, and arms there
+what the job has armed. A forked process has all of it anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from precision_policy.job.plan import Plan
+from precision_policy.job.speaker import Speaker
 from precision_policy.job.wrapping import wrap
+from precision_policy.record import Record
 
-if TYPE_CHECKING:
-    from precision_policy.job.watch import Watch
+Arm = Callable[[Record, str, Iterable[str]], contextlib.ExitStack]
 
 
-def follow(watch: Watch) -> Callable[[], None]:
-    """Let the watch go along into every process that is started from now on; the result ends that."""
+@contextlib.contextmanager
+def follow(arm: Arm, record: Record, option: str, speaker: Speaker) -> Iterator[None]:
+    """Arm every process that is started inside this context as the job is armed.
+
+    Args:
+        arm: arms a process, from a record, an option, and the names of what was said already. It is pickled by its name.
+        record: the job's.
+        option: how the option that is on is called.
+        speaker: knows what was said already, and need not be said again.
+    """
+    passenger = _Passenger(arm, record, option, speaker)
+    is_over = False
 
     def start(original: Callable[..., None], process: BaseProcess) -> None:
-        if watch.armed:
-            process._precision_policy = _Passenger(watch)  # type: ignore[attr-defined]  # so that it is pickled with the process
+        # Somebody may have wrapped this in turn, and then it is called after its end too.
+        if not is_over:
+            process._precision_policy = passenger  # type: ignore[attr-defined]  # is pickled with it
         original(process)
 
-    return wrap(BaseProcess, "start", start)
+    unwrap = wrap(BaseProcess, "start", start)
+    try:
+        yield
+    finally:
+        is_over = True
+        unwrap()
 
 
 class _Passenger:
-    """Stands for a watch while its process is pickled; unpickled, it is a watch that is armed."""
+    """Is pickled with a process; where it is unpickled, it arms what the job has armed."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, arm: Arm, record: Record, option: str, speaker: Speaker) -> None:
+        self._arm = arm
+        self._record = record
+        self._option = option
+        self._speaker = speaker
 
     def __reduce__(self) -> Any:
-        return arm, (self._watch.plan, self._watch.said)
+        return arm_here, (self._arm, self._record, self._option, frozenset(self._speaker.said))
 
 
-def arm(plan: Plan, said: set[str]) -> Watch | None:
-    """Arm the job's watch in this process, for as long as that lives; called by unpickling it.
+def arm_here(arm: Arm, record: Record, option: str, said: frozenset[str]) -> contextlib.ExitStack | None:
+    """Arm this process for as long as it lives; called by unpickling.
 
     By now the process has imported its main module and what it will run. A worker that needs no torch for these, one that
     splits text into tokens, say, is not made to import it.
 
     Args:
-        plan: the job's.
-        said: what the job has said already and need not hear again.
+        arm: arms it.
+        record: the job's.
+        option: how the option that is on is called.
+        said: what the job has said already.
     """
     if "torch" not in sys.modules:
         return None
-    from precision_policy.job.watch import Watch
-
-    watch = Watch(plan, said)
-    watch.arm()
-    return watch
+    return arm(record, option, said)

@@ -37,6 +37,11 @@ class Speaker:
             self.said.add(what)
         return first
 
+    def forget(self, what: str) -> None:
+        """Let ``what`` be said once more, since it was taken back."""
+        with self._lock:
+            self.said.discard(what)
+
     def say_once(self, what: str, level: int, text: Callable[[], str | None], **kwargs: Any) -> None:
         """Log once in a job. The text is made only then, since it may read the weights; None says nothing."""
         if self.is_first(what) and ranks.is_rank_zero():

@@ -42,15 +42,15 @@ def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> No
     if entries is not None:
         kept = [(entry[LOW_BITS], entry[LOW_BITS]) for entry in entries]
     else:
-        entries = [_entry_for_leaf(optimizer, member, kind) for member in piece.members]
-        kept = [_kept_of(optimizer, member) for member in piece.members]
+        entries = [entry_for_leaf(optimizer, member, kind) for member in piece.members]
+        kept = [kept_of(optimizer, member) for member in piece.members]
     state = defaultdict(dict, zip(piece.leaves, entries, strict=True))
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
         _make_step(optimizer, step, [piece], groups, state, kept)
     failure = _write([piece], kept)
     if not is_ready:
         for member, entry, (_, own) in zip(piece.members, entries, kept, strict=True):
-            _put_back(optimizer, member, kind, entry, own)
+            put_back(optimizer, member, kind, entry, own)
     if failure is not None:
         raise failure
 
@@ -59,8 +59,8 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
     """Step a parameter that is larger than a piece, one part after the other, as if it were stepped once."""
     member = parts[0].members[0]
     group = optimizer.param_groups[member.group]
-    entry = _entry_for_leaf(optimizer, member, kind)
-    kept = [_kept_of(optimizer, member)]
+    entry = entry_for_leaf(optimizer, member, kind)
+    kept = [kept_of(optimizer, member)]
     made: Entry = {}
 
     def step_part(part: Piece) -> BaseException | None:
@@ -89,7 +89,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
                 raise
             failure = error
             step_part(part)
-    _put_back(optimizer, member, kind, {**entry, **made}, kept[0][1])
+    put_back(optimizer, member, kind, {**entry, **made}, kept[0][1])
     if failure is not None:
         raise failure
 
@@ -106,18 +106,18 @@ def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piec
     for group in optimizer.param_groups:
         params = [leaf_of.get(id(param), param) for param in group["params"]]
         groups.append({**group, "params": params})
-    entries = [_entry_for_leaf(optimizer, member, kind) for member in members]
+    entries = [entry_for_leaf(optimizer, member, kind) for member in members]
     state: defaultdict[Any, Any] = defaultdict(dict, optimizer.state)
     for member in members:
         state.pop(member.param, None)
     others = set(state)
     state.update(zip(leaves, entries, strict=True))
-    kept = [_kept_of(optimizer, member) for member in members]
+    kept = [kept_of(optimizer, member) for member in members]
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
         _make_step(optimizer, step, pieces, groups, state, kept)
     failure = _write(pieces, kept)
     for member, leaf, (_, own) in zip(members, leaves, kept, strict=True):
-        _put_back(optimizer, member, kind, state.pop(leaf, {}), own)
+        put_back(optimizer, member, kind, state.pop(leaf, {}), own)
     for key in others - set(state):
         optimizer.state.pop(key, None)
     optimizer.state.update(state)
@@ -143,6 +143,10 @@ def _make_step(
         start += len(piece.members)
     with _standing_in(optimizer, groups, state):
         step(optimizer)
+    start = 0
+    for piece in pieces:
+        piece.prepare_write([own for _, own in kept[start : start + len(piece.members)]])
+        start += len(piece.members)
 
 
 def _write(pieces: Sequence[Piece], kept: Sequence[_Own]) -> BaseException | None:
@@ -239,7 +243,7 @@ def _ready_entries(optimizer: Optimizer, kind: Kind, piece: Piece) -> list[Entry
     return None if is_stateless else present
 
 
-def _entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:
+def entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:
     """A parameter's state as its leaf has it: in fp32, and this rank's part alone where each element is stepped by itself."""
     entry = dict(optimizer.state.get(member.param, ()))
     entry.pop(LOW_BITS, None)
@@ -286,7 +290,7 @@ def low_and_whole(optimizer: Optimizer, member: Member) -> tuple[torch.Tensor | 
     return low, whole
 
 
-def _kept_of(optimizer: Optimizer, member: Member) -> _Own:
+def kept_of(optimizer: Optimizer, member: Member) -> _Own:
     """What a member is joined with, and where to write what is kept of it: new memory where its state has none that fits."""
     low, whole = low_and_whole(optimizer, member)
     if not member.keeps_whole:
@@ -304,7 +308,7 @@ def _fitting(value: Any, member: Member, dtype: torch.dtype) -> torch.Tensor | N
     return member.lay(value, dtype)
 
 
-def _put_back(optimizer: Optimizer, member: Member, kind: Kind, made: Entry, own: torch.Tensor) -> None:
+def put_back(optimizer: Optimizer, member: Member, kind: Kind, made: Entry, own: torch.Tensor) -> None:
     """Make what the step made the parameter's state."""
     entry = optimizer.state.get(member.param)
     if entry is None:

@@ -1,11 +1,6 @@
-"""The decision table, as the Compose API shows it."""
-
-from textwrap import dedent
+"""The table: which rule holds, in which order, and what its reason says."""
 
 import pytest
-from omegaconf import OmegaConf
-
-from precision_policy.composition import peft
 
 ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
 AUTO = "model: {torch_dtype: auto}\n"
@@ -16,7 +11,9 @@ AUTO = "model: {torch_dtype: auto}\n"
     [
         (ADAMW, "no_model"),
         ("model: gpt2\n" + ADAMW, "no_model"),
+        ("model: null\n" + ADAMW, "no_model"),
         (AUTO + ADAMW + "peft: {r: 8}", "peft"),
+        ("model: {torch_dtype: auto, load_in_4bit: true}\n" + ADAMW, "quantized"),
         (AUTO, "no_optimizer"),
         (AUTO + "optimizer: null", "no_optimizer"),
         (AUTO + "optimizer: {_target_: bitsandbytes.optim.AdamW8bit}", "not_torch_optim"),
@@ -28,17 +25,15 @@ AUTO = "model: {torch_dtype: auto}\n"
         ("model: {torch_dtype: '???'}\n" + ADAMW, "explicit_dtype"),
         ("model: {torch_dtype: '${nowhere}'}\n" + ADAMW, "explicit_dtype"),
         ("model: {torch_dtype: {_target_: hydra.utils.get_object, path: torch.bfloat16}}\n" + ADAMW, "explicit_dtype"),
-        ("model: {_target_: torch.nn.Linear, in_features: 1}\n" + ADAMW, "target_takes_no_dtype"),
-        ("model: {_target_: builtins.object}\n" + ADAMW, "target_takes_no_dtype"),
-        ("model: {_target_: no.such.thing}\n" + ADAMW, "target_takes_no_dtype"),
-        ("model: {_target_: '???'}\n" + ADAMW, "target_takes_no_dtype"),
-        ("model: {_target_: '${nowhere}'}\n" + ADAMW, "target_takes_no_dtype"),
+        ("model: {}\n" + ADAMW, "no_dtype_key"),
+        ("model: {_target_: torch.nn.Linear, in_features: 1}\n" + ADAMW, "no_dtype_key"),
+        ("model: {_target_: no.such.thing}\n" + ADAMW, "no_dtype_key"),
+        ("model: {_target_: '???'}\n" + ADAMW, "no_dtype_key"),
+        ("model: {_target_: '${nowhere}'}\n" + ADAMW, "no_dtype_key"),
         (AUTO + ADAMW, "set"),
         ("model: {torch_dtype: null}\n" + ADAMW, "set"),
         ("model: {dtype: auto}\n" + ADAMW, "set"),
-        ("model: {}\n" + ADAMW, "no_dtype_key"),
         ("model: {_target_: transformers.AutoModelForCausalLM.from_pretrained}\n" + ADAMW, "set"),
-        ("model: {_target_: no.such.Model.from_config}\n" + ADAMW, "set"),
         (AUTO + "optimizer: {_target_: torch.optim.sgd.SGD}", "set"),
     ],
 )
@@ -47,198 +42,118 @@ def test_rule(decide, config, rule):
     assert decide(config).rule == rule
 
 
-def test_order(decide):
+def test_the_order_of_the_rules(decide):
     """Each rule comes before those below it, though theirs hold too."""
-    below = "model: {torch_dtype: bfloat16}\npeft: true\n"
-    assert decide("peft: true").rule == "no_model"
-    assert decide(below).rule == "peft"
-    assert decide(below.replace("true", "false")).rule == "no_optimizer"
-    assert decide(below.replace("true", "false") + "optimizer: {_target_: a.B}").rule == "not_torch_optim"
-
-
-def test_set_writes_one_key_and_nothing_else(compose):
-    """The config differs in the decided key and in the policy's own node."""
-    config = "model: {torch_dtype: auto, name: x, inner: {dtype: null}}\noptimizer: {_target_: torch.optim.AdamW, lr: '${lr}'}\nlr: 1"
-    off, on = (OmegaConf.to_container(compose(config, *extra)) for extra in ([], ["+precision_policy=on"]))
-    decision = on.pop("precision_policy")["decision"]
-    off["model"]["torch_dtype"] = "float32"
-    assert on == off
-    assert {key: decision[key] for key in ("rule", "key", "before", "after", "fix", "fp32", "added")} == {
-        "rule": "set",
-        "key": "model.torch_dtype",
-        "before": "auto",
-        "after": "float32",
-        "fix": "model.torch_dtype=float32",
-        "fp32": True,
-        "added": False,
+    parts = {
+        "peft": "lora: {r: 8}\n",
+        "quantized": "load_in_8bit: true",
+        "no_model": "model: null\n",
+        "no_optimizer": "optimizer: null\n",
+        "not_torch_optim": "optimizer: {_target_: lion.Lion}\n",
+        "explicit_dtype": "torch_dtype: bfloat16",
     }
-    assert decision["reason"] == "torch.optim.AdamW keeps no fp32 master copy (keep bf16: model.torch_dtype=bfloat16)"
+    quantized = f"model: {{{parts['quantized']}, {parts['explicit_dtype']}}}\n"
+    explicit = f"model: {{{parts['explicit_dtype']}}}\n"
+    assert decide(parts["peft"] + quantized).rule == "peft"
+    assert decide(parts["peft"]).rule == "peft"
+    assert decide(quantized).rule == "quantized"
+    assert decide(parts["no_model"] + parts["no_optimizer"]).rule == "no_model"
+    assert decide(explicit + parts["no_optimizer"]).rule == "no_optimizer"
+    assert decide(explicit + parts["not_torch_optim"]).rule == "not_torch_optim"
+    assert (
+        decide("model: {torch_dtype: bfloat16, dtype: null}\n" + ADAMW, "precision_policy.write=false").rule == "explicit_dtype"
+    )
+    assert decide("model: {}\n" + ADAMW, "precision_policy.write=false").rule == "no_dtype_key"
+    assert decide(AUTO + ADAMW, "precision_policy.write=false").rule == "warn_only"
 
 
 @pytest.mark.parametrize(
-    ("model", "written"),
+    ("config", "reason"),
     [
-        ("{torch_dtype: auto}", "torch_dtype"),
-        ("{dtype: null}", "dtype"),
-        ("{torch_dtype: null, dtype: auto}", "dtype"),
-        ("{name: gpt2}", None),
-        ("{_target_: transformers.AutoModelForCausalLM.from_pretrained}", "torch_dtype"),
-        ("{_target_: target_models.TakesDtype}", "dtype"),
-        ("{_target_: target_models.TakesTorchDtype}", "torch_dtype"),
-        ("{_target_: target_models.TakesAnything}", "torch_dtype"),
-        ("{_target_: target_models.TakesNothing}", None),
-        ("{_target_: target_models.TakesObjectsOnly}", None),
-        ("{_target_: target_models.broken.Model}", None),
+        (ADAMW, "the config has no node `model`; the optimizer that the job builds is watched"),
+        (
+            AUTO,
+            "the config has no optimizer at `optimizer`; the optimizer that the job builds is watched (fp32 storage all the same: model.torch_dtype=float32)",
+        ),
+        (
+            f"model: {{size: 1}}\n{ADAMW}",
+            "model has no dtype key, and no target that is known to read one (if it reads one, name the key: "
+            "precision_policy.dtype_key=NAME); the optimizer that the job builds is watched",
+        ),
+        (AUTO + ADAMW, "torch.optim.AdamW keeps no fp32 master copy (keep bf16: model.torch_dtype=bfloat16)"),
+        (
+            AUTO + "optimizer: lion",
+            "lion is no optimizer of torch.optim and may keep an fp32 master copy of its own (fp32 storage all the same: model.torch_dtype=float32)",
+        ),
     ],
 )
-def test_which_key(compose, model, written, tmp_path, monkeypatch):
-    """An existing key is kept; an absent one is added only where its target is known to take it."""
-    (tmp_path / "target_models").mkdir()
-    (tmp_path / "target_models/__init__.py").write_text(
-        dedent("""
-            class TakesDtype:
-                def __init__(self, dtype=None): ...
-            class TakesTorchDtype:
-                def __init__(self, torch_dtype: str | None = None, **kwargs): ...
-            class TakesAnything:
-                def __init__(self, **kwargs): ...
-            class TakesNothing:
-                def __init__(self, size=1): ...
-            class TakesObjectsOnly:
-                def __init__(self, dtype: 'torch.dtype' = None): ...
-        """)
-    )
-    (tmp_path / "target_models/broken.py").write_text("raise SystemExit('no')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = compose(f"model: {model}").model
-    cfg = compose(f"model: {model}\n{ADAMW}", "+precision_policy=on")
-    changed = {key for key in cfg.model if key not in before or cfg.model[key] != before[key]}
-    assert changed == ({written} if written else set())
-    assert cfg.precision_policy.decision.key == (f"model.{written}" if written else None)
+def test_what_is_missing_is_one_plain_clause(decide, config, reason):
+    assert decide(config).reason == reason
 
 
-TYPED = """
-import json
-from dataclasses import dataclass, field
-from typing import Any, Optional
-
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
-
-@dataclass
-class Text:
-    torch_dtype: Optional[str] = None
-
-@dataclass
-class Bare:
-    size: int = 1
-
-def optimizer():
-    return {"_target_": "torch.optim.AdamW"}
-
-@dataclass
-class WithText:
-    model: Text = field(default_factory=Text)
-    optimizer: Any = field(default_factory=optimizer)
-
-@dataclass
-class WithBare:
-    model: Bare = field(default_factory=Bare)
-    optimizer: Any = field(default_factory=optimizer)
-
-ConfigStore.instance().store("text", WithText)
-ConfigStore.instance().store("bare", WithBare)
-
-@hydra.main(version_base="1.3", config_name="text")
-def main(cfg):
-    print("CONFIG " + json.dumps(OmegaConf.to_container(cfg)))
-
-main()
-"""
+def test_an_optimizer_that_nobody_watches_is_not_said_to_be_watched(decide):
+    for config in (ADAMW, AUTO, AUTO + "optimizer: {lr: 1}", "model: {size: 1}\n" + ADAMW):
+        assert "watched" in decide(config).reason
+        assert "watched" not in decide(config, "precision_policy.bf16_adam=ignore").reason
 
 
-def test_typed_nodes(app):
-    """A typed field takes float32 where its type does; where there is no such field, the node is left alone."""
-    train = app(code=TYPED)
-    assert train("+precision_policy=on").config["model"] == {"torch_dtype": "float32"}
-    bare = train("--config-name", "bare", "+precision_policy=on").config
-    assert bare["model"] == {"size": 1}
-    assert bare["precision_policy"]["decision"]["rule"] == "target_takes_no_dtype"
-    assert "typed as Bare" in bare["precision_policy"]["decision"]["reason"]
+@pytest.mark.parametrize(
+    ("rest", "other_outcome"),
+    [
+        ("peft: true", "precision_policy.peft=null"),
+        ("optimizer: {_target_: bitsandbytes.optim.AdamW}", "model.torch_dtype=float32"),
+        ("optimizer: {lr: 1.0}", "model.torch_dtype=float32"),
+        ("", "model.torch_dtype=float32"),
+        ("optimizer: {_target_: torch.optim.AdamW}", "model.torch_dtype=bfloat16"),
+    ],
+)
+def test_a_reason_names_the_other_outcome(decide, rest, other_outcome):
+    """What to set to get it, as the command line spells it."""
+    assert f": {other_outcome})" in decide(f"model: {{torch_dtype: auto}}\n{rest}").reason
 
 
-def test_read_only_root(app):
-    """A config that its application made read-only is written all the same, and stays read-only."""
-    code = dedent("""
-        import json, hydra
-        from dataclasses import dataclass, field
-        from typing import Any
-        from hydra.core.config_store import ConfigStore
-        from omegaconf import OmegaConf
-        @dataclass(frozen=True)
-        class Config:
-            model: Any = field(default_factory=lambda: {'torch_dtype': 'auto'})
-            optimizer: Any = field(default_factory=lambda: {'_target_': 'torch.optim.AdamW'})
-        ConfigStore.instance().store('frozen', Config)
-        @hydra.main(version_base='1.3', config_name='frozen')
-        def main(cfg):
-            assert OmegaConf.is_readonly(cfg)
-            print('CONFIG ' + json.dumps(OmegaConf.to_container(cfg)))
-        main()
-    """)
-    assert app(code=code)("+precision_policy=on").config["model"] == {"torch_dtype": "float32"}
+@pytest.mark.parametrize(
+    ("model", "overrides", "fix"),
+    [
+        ("{dtype: bfloat16}", [], "model.dtype=float32"),
+        ("{dtype: bf16}", [], "model.dtype=fp32"),
+        ("{dtype: torch.float16}", [], "model.dtype=torch.float32"),
+        ("{precision: bf16-true}", ["precision_policy.dtype_key=precision"], "model.precision=32-true"),
+        ("{dtype: bf16}", ["precision_policy.storage_dtype=float32"], "model.dtype=float32"),
+        ("{dtype: their_half}", [], "model.dtype=float32"),
+        ("{}", ["+model.dtype=bf16"], "+model.dtype=fp32"),
+        ("{load_as_bf16: true}", ["precision_policy.dtype_key=load_as_bf16"], "model.load_as_bf16=false"),
+        ("{keep_fp32: false}", ["precision_policy.dtype_key=keep_fp32"], "model.keep_fp32=true"),
+        ("{cast: true}", ["precision_policy.dtype_key=cast"], ""),
+        ("{dtype: {_target_: hydra.utils.get_object, path: torch.bfloat16}}", [], ""),
+    ],
+)
+def test_how_a_chosen_dtype_would_be_fp32(decide, model, overrides, fix):
+    """In the project's own words, on this command line; nothing where that is not known."""
+    decision = decide(f"model: {model}\n{ADAMW}", *overrides)
+    assert (decision.rule, decision.fp32, decision.fix) == ("explicit_dtype", False, fix)
 
 
-def test_missing_dtype_is_left_for_hydra_to_ask_for(compose):
-    """A ``???`` stays one."""
-    cfg = compose("model: {torch_dtype: '???'}\n" + ADAMW, "+precision_policy=on")
-    assert OmegaConf.is_missing(cfg.model, "torch_dtype")
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("{dtype: float32}", []),
+        ("{dtype: fp32}", []),
+        ("{load_as_bf16: false}", ["precision_policy.dtype_key=load_as_bf16"]),
+        ("{keep_fp32: true}", ["precision_policy.dtype_key=keep_fp32"]),
+    ],
+)
+def test_a_chosen_fp32_is_known_as_such(decide, model, overrides):
+    assert decide(f"model: {model}\n{ADAMW}", *overrides).fp32 is True
 
 
-def test_interpolation_that_names_no_dtype(compose):
-    """It is replaced at this node only, and the decision says where it pointed."""
-    cfg = compose("dtype: auto\nmodel: {torch_dtype: '${dtype}'}\n" + ADAMW, "+precision_policy=on")
-    assert (cfg.dtype, cfg.model.torch_dtype) == ("auto", "float32")
-    assert "pointed at dtype" in cfg.precision_policy.decision.reason
+def test_kernels_that_take_16_bits_alone_are_named(decide):
+    """``mixed`` computes in bf16, so there is nothing to name."""
+    config = f"model: {{dtype: auto, attn_implementation: flash_attention_2}}\n{ADAMW}"
+    assert "model.attn_implementation=flash_attention_2 takes 16 bits alone" in decide(config).reason
+    assert "16 bits" not in decide(config, "precision_policy.compute_dtype=bfloat16").reason
 
 
-def test_warn_never_sets(compose):
-    """``warn`` records what it would have set."""
-    cfg = compose(AUTO + ADAMW, "+precision_policy=warn")
-    assert (cfg.model.torch_dtype, cfg.precision_policy.decision.rule) == ("auto", "warn_only")
-
-
-def test_off_is_an_explicit_nothing(compose):
-    """``off`` takes every setting, decides nothing and leaves no ??? behind."""
-    cfg = compose(AUTO + ADAMW, "+precision_policy=off", "precision_policy.model=elsewhere")
-    assert cfg.model.torch_dtype == "auto"
-    assert cfg.precision_policy.decision is None
-    assert not OmegaConf.missing_keys(cfg)
-
-
-@pytest.mark.parametrize("override", ["precision_policy.storage_dtype=fp32", "precision_policy.storage_dtype=torch.float32"])
-def test_storage_dtype_in_the_projects_words(compose, override):
-    """What is written is what was asked for, letter by letter."""
-    cfg = compose(AUTO + ADAMW, "+precision_policy=on", override)
-    assert cfg.model.torch_dtype == override.partition("=")[2]
-
-
-def test_the_applications_own_settings_survive_the_option(compose):
-    """Settings in the application's config wait for ``+precision_policy=on`` and are not overridden by it."""
-    config = "net: {torch_dtype: auto}\nprecision_policy: {model: net, bf16_adam: ignore}\n" + ADAMW
-    assert compose(config).precision_policy == {"model": "net", "bf16_adam": "ignore"}
-    cfg = compose(config, "+precision_policy=on")
-    assert cfg.net.torch_dtype == "float32"
-    assert cfg.precision_policy.bf16_adam == "ignore"
-
-
-def test_a_node_of_another_meaning_is_left_alone(compose):
-    """An application may use the name for something of its own."""
-    config = "precision_policy: {param_dtype: bf16}\n" + AUTO + ADAMW
-    assert compose(config).precision_policy == {"param_dtype": "bf16"}
-
-
-def test_what_is_not_the_jobs_hides_nothing_after_it():
-    cfg = OmegaConf.create({"hydra": {"lora": {"r": 4}}, "precision_policy": {}, "adapters": {"lora": {"r": 8}}})
-    assert peft.on_anywhere(cfg) == "adapters.lora is there"
+def test_what_is_left_to_a_frozen_base_is_not_computed_in_bf16(decide):
+    for rest in ("lora: {r: 8}", "model: {load_in_8bit: true}"):
+        assert "no bf16 compute is supplied" in decide(rest, "precision_policy.compute_dtype=bfloat16").reason

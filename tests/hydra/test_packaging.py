@@ -12,12 +12,13 @@ from conftest import ENVIRONMENT
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.once
 
+OPTIONS = ("on", "mixed", "master_weights", "warn", "strict", "off")
 COMPOSE = """
 from hydra import compose, initialize_config_dir
 import precision_policy, sys
 with initialize_config_dir(version_base="1.3", config_dir=sys.argv[1]):
-    cfg = compose("config", ["+precision_policy=on"])
-print(cfg.model.torch_dtype, cfg.precision_policy.decision.rule, precision_policy.__file__)
+    cfg = compose("config", ["+precision_policy=on"], return_hydra_config=True)
+print(cfg.model.torch_dtype, cfg.hydra.precision_policy.decision.rule, precision_policy.__file__)
 """
 
 
@@ -71,7 +72,8 @@ def test_wheel_contents(built):
     names = zipfile.ZipFile(built["wheel"]).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"hydra_plugins", "precision_policy"}
     assert "precision_policy/py.typed" in names
-    assert {f"precision_policy/conf/precision_policy/{option}.yaml" for option in ("on", "off", "warn", "strict")} <= set(names)
+    assert {f"precision_policy/conf/precision_policy/{option}.yaml" for option in OPTIONS} <= set(names)
+    assert {f"precision_policy/unsupported/precision_policy/{option}.yaml" for option in OPTIONS} <= set(names)
     assert "precision_policy/conf/__init__.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))

@@ -1,10 +1,12 @@
 """What the package touches that is not public: these fail when it moves, before a user's job does."""
 
+import copy
+import pickle
 from textwrap import dedent
 
 import pytest
 import torch
-from conftest import CONFIG, TRAIN
+from hydra.conf import HydraConf
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from precision_policy.composition import config_tree
@@ -24,14 +26,15 @@ def test_omegaconf():
     assert isinstance(cfg.a.c, ListConfig)
 
 
-def test_omegaconf_records_and_moves():
-    cfg = OmegaConf.create({"a": {}})
-    config_tree.record(cfg, "x", {"y": {"z": 1}, "w": None})
-    assert OmegaConf.to_container(cfg.x) == {"y": {"z": 1}, "w": None}
-    assert OmegaConf.to_yaml(cfg).count("z: 1") == 1
-    config_tree.move(cfg, "x", cfg.a)
-    assert "x" not in cfg
-    assert cfg.a.x.y.z == 1
+def test_omegaconf_records():
+    """A record is put beside the fields of a typed, read-only node, and goes along into copies and pickles."""
+    cfg = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)})
+    OmegaConf.set_readonly(cfg, True)
+    config_tree.record(cfg.hydra, "x", {"y": {"z": 1}, "w": None})
+    for one in (cfg, copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg)), OmegaConf.masked_copy(cfg, "hydra")):
+        assert OmegaConf.to_container(one.hydra.x) == {"y": {"z": 1}, "w": None}
+        assert OmegaConf.select(one, "hydra.x.y.z") == 1
+        assert OmegaConf.to_yaml(one).count("z: 1") == 1
 
 
 def test_torch():
@@ -82,25 +85,28 @@ def test_what_is_compiled_is_one_graph(wrapper):
         "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C; C.renamed = C._load_single_config; del C._load_single_config",
     ],
 )
-def test_a_hydra_that_the_hook_does_not_fit(app, what):
+def test_a_hydra_that_the_hook_does_not_fit(application, what):
     """The hook says that it is not installed, and touches nothing."""
-    code = dedent(f"""
-            import hydra._internal.config_loader_impl, hydra._internal.callbacks
-            {what}
-            from precision_policy.composition.hydra_hook import install
-            print('INSTALLED', install())
-        """)
-    assert "INSTALLED False" in app(code=code)().out
+    train = application("idle")
+    code = f"""
+        import hydra._internal.config_loader_impl, hydra._internal.callbacks
+        {what}
+        from precision_policy.hydra_hook import install
+        print('INSTALLED', install())
+    """
+    train.write("app.py", dedent(code))
+    assert "INSTALLED False" in train().out
 
 
-def test_its_applications(app):
+def before(train, code):
+    train.write("app.py", dedent(code) + (train.folder / "app.py").read_text())
+    return train
+
+
+def test_its_applications(application):
     """One that asks for the policy gets an error before the job; one that does not, and one that says off, run as ever."""
-    broken = dedent("""
-        import precision_policy.composition.hydra_hook as hook
-        hook.install = lambda: False
-    """)
-    train = app(CONFIG, broken + TRAIN)
-    for option in ("on", "mixed", "warn", "strict"):
+    train = before(application("idle"), "import precision_policy.hydra_hook as hook\nhook.install = lambda: False\n")
+    for option in ("on", "mixed", "master_weights", "warn", "strict"):
         run = train(f"+precision_policy={option}", status=1)
         assert "this version of hydra-precision-policy does not know this version of Hydra" in run.err
         assert "Traceback" not in run.err
@@ -109,3 +115,19 @@ def test_its_applications(app):
     assert plain.config["model"] == {"torch_dtype": "auto"}
     assert "precision_policy" not in plain.err
     assert train("+precision_policy=off").config["precision_policy"] == {"enabled": False}
+
+
+def test_a_hydra_that_composes_past_the_hook(application):
+    """Where composition is not where it was, the job stops with an error that says so."""
+    past = """
+        import hydra._internal.config_loader_impl as loader
+        from hydra.core.plugins import Plugins
+        composes = loader.ConfigLoaderImpl._load_configuration_impl
+        Plugins.instance()
+        loader.ConfigLoaderImpl._load_configuration_impl = composes
+    """
+    train = before(application("idle"), past)
+    run = train("+precision_policy=on", status=1)
+    assert "nothing was decided when the config was composed" in run.err
+    assert "CONFIG" not in run.out
+    assert train().config["model"] == {"torch_dtype": "auto"}

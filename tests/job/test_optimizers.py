@@ -1,54 +1,40 @@
 """What is known of optimizers outside torch: those that install on a CPU for real, the others by a class of the same name."""
 
-import logging
-
 import pytest
 import torch
+from jobs import record, step, weights
 
 from precision_policy.job import optimizers
-from precision_policy.job.monitor import Monitor
-from precision_policy.job.plan import Plan
-from precision_policy.job.watch import Watch
+from precision_policy.job.storage import Bf16AdamError
 
+pytest_plugins = ["armed_job"]
 pytestmark = pytest.mark.once
 
 
-def weights(dtype=torch.bfloat16):
-    return [torch.nn.Parameter(torch.ones(4, 4).to(dtype))]
-
-
-@pytest.fixture
-def said(caplog):
-    caplog.set_level(logging.INFO, "precision_policy")
-    watch = Watch(Plan("precision_policy=on", fix="net.dtype=float32"))
-    watch.arm()
-    yield lambda level="WARNING": [
-        r.getMessage() for r in caplog.records if r.levelname == level and r.name == "precision_policy"
-    ]
-    watch.disarm()
-
-
-def test_optimi(said):
+def test_optimi(armed, said):
     """Kahan summation is on by itself for bf16; only its absence is worth a warning."""
     optimi = pytest.importorskip("optimi")
-    optimi.AdamW(weights(), lr=1e-5)
+    optimizer = optimi.AdamW(weights(), lr=1e-5)
     optimi.SGD(weights(), lr=1e-5, kahan_sum=False)
+    step(optimizer)
     assert said() == []
+    assert "stored in bf16, updated by optimi.adamw.AdamW, which makes up for rounding" in said("INFO")[0]
     optimi.AdamW(weights(), lr=1e-5, kahan_sum=False)
     assert said()[0].startswith("precision_policy=on: optimi.adamw.AdamW over bf16 weights")
 
 
-def test_torchao(said):
-    """Stochastic rounding is off by default; its argument is read while the constructor still runs."""
+def test_torchao(armed, said):
+    """Stochastic rounding is off by default; its argument is there at the first step, and not while torch's constructor runs."""
     torchao = pytest.importorskip("torchao.optim")
-    torchao.AdamW8bit(weights(), lr=1e-5, bf16_stochastic_round=True)
-    assert said() == []
-    torchao.AdamW8bit(weights(), lr=1e-5)
+    for rounds in (True, False):
+        optimizer = torchao.AdamW8bit(weights(), lr=1e-5, bf16_stochastic_round=rounds)
+        assert said() == []
+        optimizer.step()  # without gradients, so that nothing is compiled
     assert "AdamW8bit over bf16 weights" in said()[0]
 
 
-def test_bitsandbytes(said):
-    """It keeps none; its state does not grow with the storage dtype."""
+def test_bitsandbytes(armed, said):
+    """It keeps none; its state does not grow with the storage dtype. No master weights are advised, which it cannot have."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     bitsandbytes.optim.SGD(weights(), lr=1e-5, momentum=0.9)
     assert said() == []
@@ -56,6 +42,8 @@ def test_bitsandbytes(said):
     (text,) = said()
     assert "AdamW8bit over bf16 weights" in text
     assert "optimizer state 0 B" in text
+    assert "fix, to store the model in fp32:\n    model.dtype=float32\n" in text
+    assert "master_weights" not in text
 
 
 def mock(module, name, flag=None):
@@ -83,40 +71,45 @@ APEX = mock("apex.optimizers.fused_adam", "FusedAdam", flag="master_weights")
 DEEPSPEED = mock("deepspeed.ops.adam.fused_adam", "FusedAdam")
 
 
-def test_transformer_engine(said):
+def test_transformer_engine(armed, said):
     """Mocked, it needs a GPU: by its flag, which it stores only after torch's constructor has returned."""
-    TE(weights(), master_weights=True)
+    TE(weights(), master_weights=True).step()
     assert said() == []
-    TE(weights())
+    (confirmed,) = said("INFO")
+    assert confirmed.endswith(
+        "updated in fp32 by a master copy that transformer_engine.pytorch.optimizers.fused_adam.FusedAdam keeps"
+    )
+    plain = TE(weights())
+    assert said() == []
+    plain.step()
     assert "FusedAdam over bf16 weights" in said()[0]
 
 
-def test_fp32_under_a_master_copy(said):
+def test_fp32_under_a_master_copy(armed, said):
     """Mocked as above: one INFO line with the bytes wasted."""
-    TE(weights(torch.float32), master_weights=True)
+    TE(weights(torch.float32), master_weights=True).step()
     assert said() == []
-    (line,) = said("INFO")
+    line = said("INFO")[0]
     assert "keeps an fp32 master copy of its own" in line
     assert "32 B less for weights" in line
 
 
-def test_apex_ignores_its_flag_for_bf16(said):
+def test_apex_ignores_its_flag_for_bf16(armed, said):
     """Mocked, it needs a GPU."""
-    APEX(weights(), master_weights=True)
+    APEX(weights(), master_weights=True).step()
     assert len(said()) == 1
 
 
 def test_what_a_mock_of_apex_keeps():
-    """Its master weights are for fp16 alone; the flag is read from the instance too."""
+    """Its master weights are for fp16 alone."""
     optimizer = APEX(weights(), master_weights=True)
     known = optimizers.look_up(optimizer)
     assert [known.keeps(optimizer, dtype) for dtype in (torch.float16, torch.bfloat16)] == ["master", "nothing"]
     optimizer.master_weights = False
     assert known.keeps(optimizer, torch.float16) == "nothing"
-    assert optimizers._argument(optimizer, "no such argument") is None
 
 
-def test_deepspeed_is_judged_at_its_first_step(said):
+def test_deepspeed_is_judged_at_its_first_step(armed, said):
     """Mocked, it needs compiled kernels: the class keeps none, but its engine swaps fp32 copies in before that."""
     swapped = DEEPSPEED(weights())
     swapped.param_groups[0]["params"] = weights(torch.float32)
@@ -128,41 +121,80 @@ def test_deepspeed_is_judged_at_its_first_step(said):
     assert len(said()) == 1
 
 
+def test_strict_waits_for_what_tells_at_its_first_step(arm):
+    arm(record(bf16_adam="error"))
+    TE(weights(), master_weights=True).step()
+    plain = TE(weights())
+    with pytest.raises(Bf16AdamError):
+        plain.step()
+
+
 def test_every_entry_names_its_source():
     for known in optimizers.KNOWN:
         assert ".py" in known.source
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_monitor(caplog, every):
-    """One line every so many steps, the share of a sample; nothing is left on torch."""
-    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-    caplog.set_level(logging.INFO, "precision_policy")
-    generator = torch.Generator().manual_seed(0)
-    param = torch.nn.Parameter((torch.randn(300, 1000, generator=generator) * 0.02).to(torch.bfloat16))
-    optimizer = torch.optim.AdamW([param], lr=1e-5)
-    monitor = Monitor(every)
-    monitor.start()
-    for _ in range(6):
-        param.grad = torch.randn(300, 1000, generator=generator).to(torch.bfloat16)
-        before = param.detach().clone()
-        optimizer.step()
-        share = 100 * (param == before).double().mean().item()
-        if caplog.records and every == 1:
-            told = float(caplog.records[-1].getMessage().split(": ")[2].split("%")[0])
-            assert told == pytest.approx(share, abs=1.0)
-    monitor.stop()
-    optimizer.step()
-    assert len(caplog.records) == 6 // every
-    assert int(caplog.records[0].getMessage().split("sample of ")[1].split()[0]) <= 2**16
-    assert not _global_optimizer_pre_hooks
-    assert not _global_optimizer_post_hooks
+class OwnStep(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
 
 
-def test_monitor_in_a_job(app):
-    run = app()("+precision_policy=on", "precision_policy.monitor.every=1")
-    assert (
-        "INFO precision_policy=on: step 1: 0.0% of a sample of 64 weights left unchanged by torch.optim.AdamW at lr 1e-05"
-        in run.log
-    )
+class NoStep(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [(torch.optim.SGD, True), (NoStep, True), (OwnStep, False), (TE, False)])
+def test_whose_step_it_is(kind, is_known):
+    """A step of the application's own may do anything; torch's hooks around it hide nothing."""
+    optimizer = kind(weights())
+    step(optimizer)
+    assert optimizers.steps_as_known(optimizer) is is_known
+
+
+STATES = [
+    ("SGD", {}, 0),
+    ("SGD", {"momentum": 0.9}, 2),
+    ("RMSprop", {"centered": True, "momentum": 0.9}, 6),
+    ("Adam", {"amsgrad": True}, 6),
+    ("AdamW", {}, 4),
+    ("Adagrad", {}, 2),
+    ("Adadelta", {}, 4),
+    ("ASGD", {}, 2),
+    ("Rprop", {}, 4),
+    ("Muon", {}, 2),
+    ("RAdam", {}, 4),
+    ("Adamax", {}, 4),
+    ("NAdam", {}, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "bytes_per_element"), STATES)
+def test_how_much_the_state_grows(name, options, bytes_per_element):
+    """As counted after a step in bf16 and in fp32."""
+    kind = getattr(torch.optim, name, None)
+    if kind is None:
+        pytest.skip("a newer torch has it")
+    sizes = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        optimizer = kind(weights(dtype), lr=1e-3, **options)
+        step(optimizer)
+        held = [v for state in optimizer.state.values() for v in state.values()]
+        sizes[dtype] = sum(v.nbytes for v in held if torch.is_tensor(v) and v.numel() == 16)
+    known, (group,) = optimizers.look_up(optimizer), optimizer.param_groups
+    assert optimizers.state_growth(known, group) == bytes_per_element
+    assert sizes[torch.float32] - sizes[torch.bfloat16] == 16 * bytes_per_element
+
+
+@pytest.mark.parametrize(
+    ("make", "may"),
+    [
+        (lambda: torch.optim.AdamW(weights()), True),
+        (lambda: torch.optim.AdamW(weights(), differentiable=True), False),
+        (lambda: torch.optim.LBFGS(weights()), False),
+        (lambda: torch.optim.SparseAdam(weights()), False),
+        (lambda: TE(weights()), False),
+    ],
+)
+def test_for_which_master_weights_are_advised(armed, said, make, may):
+    optimizer = make()
+    assert optimizers.may_have_master_weights(optimizer, optimizers.look_up(optimizer)) is may

@@ -1,0 +1,301 @@
+"""Triton kernels for bf16 weights whose 16 low bits are kept beside them: join, split, and all of Adam's step in one.
+
+Each call takes lists of tensors and launches one kernel for all of them. A kernel finds its tensor in a table of addresses, as
+torch's own fused optimizers do, so that ten thousand small tensors cost one launch too. All tensors of one row have the same
+strides and no gaps, so an element has the same place in each of them.
+
+What the bits mean stands in :mod:`precision_policy.job.low_bits`; both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK: Final = 2**10  # elements that one program works on; this and the next number were the fastest on an H100
+_WARPS: Final = 4
+_ALIGNMENT: Final = 16  # bytes that one thread reads at once
+
+
+@functools.cache
+def can_run(device: torch.device) -> bool:
+    """Whether the kernels run on this device: one is tried. Triton needs a C compiler, which many containers lack."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not is_interpreted:
+        return False
+    try:
+        value = torch.zeros(1, dtype=torch.bfloat16, device=device)
+        split([torch.ones(1, device=device)], [value], [torch.zeros_like(value)])
+    except Exception:  # whatever keeps Triton from its work here, torch operations do it as well
+        return False
+    return value.item() == 1.0
+
+
+def join(values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+    """Make fp32 weights of bf16 values and their low bits.
+
+    Args:
+        values: bf16.
+        lows: the low bits, int16 viewed as bf16, with the strides of the values.
+        weights: fp32, with the same strides; overwritten.
+    """
+    launch, table = _prepare([values, lows, weights])
+    launch(_join, table)
+
+
+def split(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]) -> None:
+    """Write fp32 weights into bf16 values, rounded to nearest with ties away from zero, and their low bits.
+
+    Args:
+        weights: fp32.
+        values: bf16, with the same strides; overwritten.
+        lows: the low bits, as in :func:`join`; overwritten.
+    """
+    prepare_split(weights, values, lows)()
+
+
+def prepare_split(
+    weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]
+) -> Callable[[], None]:
+    """Make all that :func:`split` needs memory for; what is returned does the work, and can be called again."""
+    launch, table = _prepare([values, lows, weights])
+    return functools.partial(launch, _split, table)
+
+
+def adam(
+    values: Sequence[torch.Tensor],
+    lows: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    fused: bool,
+) -> None:
+    """Make the step of ``torch.optim.Adam`` or ``AdamW`` on the fp32 weights that values and low bits stand for.
+
+    26 bytes an element are moved: 16 of the two states, 4 of the values, 4 of the low bits, 2 of the gradient. The arithmetic
+    is that of torch's fused kernel (torch 2.13, ``ATen/native/cuda/fused_adam_utils.cuh``).
+
+    Args:
+        values: bf16 weights of one device; overwritten.
+        lows: their low bits, as in :func:`join`; overwritten.
+        gradients: bf16.
+        exp_avgs: fp32; overwritten.
+        exp_avg_sqs: fp32; overwritten.
+        steps: one fp32 element each, on whatever device: how many steps were made before, which is not changed.
+        lr: the learning rate.
+        beta1: the decay of ``exp_avgs``.
+        beta2: the decay of ``exp_avg_sqs``.
+        eps: added to the denominator.
+        weight_decay: the decay of the weights.
+        decoupled: whether that shrinks the weights, as AdamW's does, or is added to the gradient.
+        fused: whether they shrink as by torch's fused kernel. Otherwise torch multiplies them by ``1 - lr * weight_decay`` in
+            fp32, which rounds 1 - 1e-7 to 1 - 1.2e-7.
+    """
+    if fused:  # torch's kernel has the decays in fp32, and 1 - beta of these
+        beta1, beta2 = struct.unpack("ff", struct.pack("ff", beta1, beta2))
+    launch, table = _prepare([values, lows, gradients, exp_avgs, exp_avg_sqs])
+    count = _count(steps, table.device).double() + 1  # in fp32, 1 - 0.999 would be wrong in the fifth digit
+    corrections = torch.stack([1 - beta1**count, (1 - beta2**count).sqrt()]).float()
+    rates = lr, weight_decay, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps
+    launch(_adam, table, corrections, *rates, DECAYS=weight_decay != 0, DECOUPLED=decoupled, FUSED=fused)
+
+
+def _count(steps: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The numbers of the steps in one tensor on the device, for which nobody waits."""
+    if steps[0].device.type == "cpu" and device.type == "cuda":
+        return torch.tensor([step.item() for step in steps], pin_memory=True).to(device, non_blocking=True)
+    addresses, _ = _table(tuple([step.data_ptr() for step in steps]), 1, device)
+    count = torch.empty(len(steps), device=device)
+    _gather[(triton.cdiv(len(steps), 256),)](addresses, count, len(steps), BLOCK=256)
+    return count
+
+
+def _prepare(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, torch.Tensor]:
+    """Make what starts a kernel, with a program for each block of each tensor, and the table of the addresses and sizes."""
+    device = columns[0][0].device
+    sizes = tuple([tensor.numel() for tensor in columns[0]])
+    places, programs = _blocks(sizes, device)
+    entries = [tensor.data_ptr() for column in columns for tensor in column]
+    table, is_aligned = _table((*entries, *sizes), len(columns) + 1, device)
+
+    def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        if programs:
+            with torch.cuda.device_of(table):
+                shape = {"ALIGNED": is_aligned, "BLOCK": _BLOCK, "num_warps": _WARPS}
+                kernel[(programs,)](*arguments, places, len(sizes), **constants, **shape)
+
+    return launch, table
+
+
+@functools.lru_cache(maxsize=16)
+def _table(entries: tuple[int, ...], rows: int, device: torch.device) -> tuple[torch.Tensor, bool]:
+    """The addresses and sizes on the device, and whether all addresses are aligned.
+
+    From one step to the next they are mostly the same: torch gives freed memory out again in the same order.
+    """
+    table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda").view(rows, -1)
+    is_aligned = not bool((table[:-1] & (_ALIGNMENT - 1)).any())
+    return table.to(device, non_blocking=True), is_aligned
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """For each program its tensor's number, then for each its block's number in that; and how many programs there are."""
+    counts = torch.tensor([-(-size // _BLOCK) for size in sizes])
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    first_programs = torch.cumsum(counts, 0) - counts
+    blocks = torch.arange(len(tensors)) - first_programs[tensors]
+    return torch.stack([tensors, blocks]).to(device, torch.int32), len(tensors)
+
+
+@triton.jit
+def _gather(addresses, out, count, BLOCK: tl.constexpr):
+    """One fp32 number from each of many addresses."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    pointers = tl.load(addresses + i, mask).to(tl.pointer_type(tl.float32))
+    tl.store(out + i, tl.load(pointers, mask), mask)
+
+
+@triton.jit
+def _this_program(places):
+    """The number of this program's tensor, and the first of the elements that the program works on."""
+    tensor = tl.load(places + tl.program_id(0))
+    block = tl.load(places + tl.num_programs(0) + tl.program_id(0))
+    return tensor, block.to(tl.int64)
+
+
+@triton.jit
+def _pointer(table, row, tensors, tensor, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address of a tensor, from a row of the table."""
+    pointer = tl.load(table + row * tensors + tensor).to(tl.pointer_type(KIND))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _joined(value, low):
+    """The bits of an fp32 weight. Low bits that no split leaves are dropped: something else has written the value since."""
+    size = value & 0x7FFF
+    is_stale = (size >= 0x7F80) | ((size == 0) & (low < 0))  # infinity or NaN; a zero, below which there is nothing
+    return (value << 16) + tl.where(is_stale, 0, low)
+
+
+@triton.jit
+def _parted(bits):
+    """The bf16 value and the low bits of an fp32 weight. A NaN has no low bits, which could make it a number."""
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    low = tl.where(is_nan, 0, (bits << 16) >> 16)  # with its sign
+    value = tl.where(is_nan, 0x7FC0, (bits - low) >> 16)
+    return value, low
+
+
+@triton.jit
+def _join_elements(value, low, weight, i, mask):
+    joined = _joined(tl.load(value + i, mask).to(tl.int32), tl.load(low + i, mask).to(tl.int32))
+    tl.store(weight + i, joined, mask)
+
+
+@triton.jit
+def _join(table, places, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    tensor, block = _this_program(places)
+    value = _pointer(table, 0, tensors, tensor, tl.int16, ALIGNED)
+    low = _pointer(table, 1, tensors, tensor, tl.int16, ALIGNED)
+    weight = _pointer(table, 2, tensors, tensor, tl.int32, ALIGNED)
+    size = tl.load(table + 3 * tensors + tensor)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    # Under a mask, a thread reads one element at a time.
+    if (block + 1) * BLOCK <= size:
+        _join_elements(value, low, weight, i, None)
+    else:
+        _join_elements(value, low, weight, i, i < size)
+
+
+@triton.jit
+def _split_elements(value, low, weight, i, mask):
+    new_value, new_low = _parted(tl.load(weight + i, mask))
+    tl.store(low + i, new_low.to(tl.int16), mask)
+    tl.store(value + i, new_value.to(tl.int16), mask)
+
+
+@triton.jit
+def _split(table, places, tensors, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    tensor, block = _this_program(places)
+    value = _pointer(table, 0, tensors, tensor, tl.int16, ALIGNED)
+    low = _pointer(table, 1, tensors, tensor, tl.int16, ALIGNED)
+    weight = _pointer(table, 2, tensors, tensor, tl.int32, ALIGNED)
+    size = tl.load(table + 3 * tensors + tensor)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    if (block + 1) * BLOCK <= size:
+        _split_elements(value, low, weight, i, None)
+    else:
+        _split_elements(value, low, weight, i, i < size)
+
+
+@triton.jit
+def _adam_elements(
+    value, low, gradient, exp_avg, exp_avg_sq, i, mask, step_size, correction2_sqrt,
+    lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps,
+    DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    joined = _joined(tl.load(value + i, mask).to(tl.int32), tl.load(low + i, mask).to(tl.int32))
+    weight = joined.to(tl.float32, bitcast=True)
+    g = tl.load(gradient + i, mask).to(tl.float32)
+    if DECAYS:
+        if not DECOUPLED:
+            g += weight * weight_decay
+        elif FUSED:
+            weight -= lr * weight_decay * weight
+        else:
+            weight *= shrink
+    m = beta1 * tl.load(exp_avg + i, mask) + rest1 * g
+    v = beta2 * tl.load(exp_avg_sq + i, mask) + rest2 * (g * g)
+    weight -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction2_sqrt) + eps)
+    new_value, new_low = _parted(weight.to(tl.int32, bitcast=True))
+    tl.store(exp_avg + i, m, mask)
+    tl.store(exp_avg_sq + i, v, mask)
+    tl.store(low + i, new_low.to(tl.int16), mask)
+    tl.store(value + i, new_value.to(tl.int16), mask)
+
+
+@triton.jit
+def _adam(
+    table, corrections, lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps, places, tensors,
+    DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tensor, block = _this_program(places)
+    value = _pointer(table, 0, tensors, tensor, tl.int16, ALIGNED)
+    low = _pointer(table, 1, tensors, tensor, tl.int16, ALIGNED)
+    gradient = _pointer(table, 2, tensors, tensor, tl.bfloat16, ALIGNED)
+    exp_avg = _pointer(table, 3, tensors, tensor, tl.float32, ALIGNED)
+    exp_avg_sq = _pointer(table, 4, tensors, tensor, tl.float32, ALIGNED)
+    size = tl.load(table + 5 * tensors + tensor)
+    step_size = tl.div_rn(lr, tl.load(corrections + tensor))
+    correction2_sqrt = tl.load(corrections + tensors + tensor)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    if (block + 1) * BLOCK <= size:
+        _adam_elements(
+            value, low, gradient, exp_avg, exp_avg_sq, i, None, step_size, correction2_sqrt,
+            lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps, DECAYS, DECOUPLED, FUSED,
+        )  # fmt: skip
+    else:
+        _adam_elements(
+            value, low, gradient, exp_avg, exp_avg_sq, i, i < size, step_size, correction2_sqrt,
+            lr, weight_decay, shrink, beta1, rest1, beta2, rest2, eps, DECAYS, DECOUPLED, FUSED,
+        )  # fmt: skip

@@ -1,0 +1,192 @@
+"""``mixed`` in applications that know nothing of it, each run as its users do."""
+
+import re
+import sys
+
+import pytest
+from conftest import CONFIG
+
+pytestmark = pytest.mark.once
+MIXED = "+precision_policy=mixed"
+SUPPLIED = "stored in fp32, computed in bf16 by autocast that the policy supplies"
+
+
+@pytest.fixture
+def plain_training(application):
+    return application("plain_training")
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled", "functional", "lazy"])
+def test_supplied(plain_training, how):
+    """Whatever calls the model first; and an exported program is as it would be without the policy."""
+    run = plain_training(MIXED, f"how={how}", "exports=true")
+    assert run.log.splitlines()[-1].endswith(SUPPLIED)
+    assert "OUTSIDE torch.float32 ROUNDED True" in run.out
+    assert "CALL IS TORCH'S True" in run.out
+    assert "EXPORTED AUTOCAST False" in run.out
+    if how != "compiled":
+        assert "INSIDE ['torch.bfloat16']" in run.out
+
+
+def test_the_applications_hooks_see_fp32(plain_training):
+    run = plain_training(MIXED, "how=hook")
+    assert "HOOK float32" in run.out
+    assert "HOOK float16" not in run.out
+    assert "INSIDE ['torch.bfloat16']" in run.out
+
+
+@pytest.mark.parametrize(
+    ("option", "how", "by"),
+    [
+        ("mixed", "penalty", "autocast that the policy supplies"),
+        ("mixed", "weight_norm", "autocast that the policy supplies"),
+        ("on", "own_autocast_and_penalty", "the application's autocast"),
+    ],
+)
+def test_nothing_untrue_of_gradients_that_something_is_added_to(plain_training, option, how, by):
+    run = plain_training(f"+precision_policy={option}", f"how={how}")
+    assert "INSIDE ['torch.bfloat16']" in run.out
+    assert run.log.splitlines()[-1].endswith(f"stored in fp32, called under {by}")
+    assert "WARNING" not in run.log
+
+
+def test_what_is_not_supplied_is_said(plain_training):
+    run = plain_training(MIXED, "how=no_module")
+    (text,) = [line for line in run.log.splitlines() if line.startswith("WARNING")]
+    assert "compute_dtype=bfloat16 was asked for, and is not supplied: until the first step, no module that owns" in text
+
+
+def test_fresh_optimizers(plain_training):
+    """Over the same model, 600 rounds."""
+    run = plain_training(MIXED, "rounds=600")
+    assert run.log.count("computed in bf16") == 1
+    assert "INSIDE ['torch.bfloat16']" in run.out
+
+
+@pytest.mark.parametrize("extra", [["model.dtype=bfloat16"], ["+lora={r: 8}"], ["+model.load_in_4bit=true"]])
+def test_nothing_is_supplied_to_16_bits_or_peft(app, extra):
+    """The code makes an fp32 model all the same."""
+    run = app(CONFIG.replace("torch_dtype", "dtype"), FP32)(MIXED, *extra)
+    assert "ROUNDED False" in run.out
+    assert "computed in" not in run.log
+
+
+FP32 = """
+import hydra, torch
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    output = model(torch.randn(2, 64))
+    print("ROUNDED", torch.equal(output, output.bfloat16().float()))
+main()
+"""
+
+
+def test_several_steps_in_one_call(application):
+    """Lightning's DDP calls a whole training step; the losses are those without the policy, to the precision of bf16."""
+    inner_steps = application("inner_steps")
+
+    def losses(option):
+        return [float(loss) for loss in re.findall(r"LOSS (\S+)", inner_steps(f"+precision_policy={option}").out)]
+
+    mixed, off = losses("mixed"), losses("off")
+    assert len(off) == 3
+    assert mixed == pytest.approx(off, rel=0.2)
+    assert len(set(mixed)) == 3
+
+
+def test_parts_under_a_precision_of_their_own(application):
+    """Between Fabric's parts, products stay in fp32."""
+    run = application("fabric_parts")(MIXED)
+    assert run.out.count("BETWEEN torch.float32") == 2
+    assert run.log.splitlines()[-1].endswith("stored in fp32, computed in bf16 by Fabric's bf16-mixed")
+
+
+def test_of_two_models_the_one_with_adapters_is_left_alone(application):
+    pairs = "precision_policy.pairs={a:{model:a,peft:null},b:{model:b,peft:lora}}"
+    run = application("full_and_adapters")(MIXED, pairs)
+    assert "Sequential ROUNDED True\n" in run.out
+    assert "Adapted ROUNDED False\n" in run.out
+    assert SUPPLIED in run.log
+    assert run.log.splitlines()[-1].endswith("stored in fp32, called under no autocast of the policy's, which leaves PEFT and "
+                                             "quantized models alone")  # fmt: skip
+    assert "WARNING" not in run.log
+
+
+FINE_TUNING = ["loop", "accumulation", "trainer", "accelerate", "lightning_automatic", "lightning_by_hand"]
+
+
+@pytest.fixture
+def fine_tuning(application, checkpoint):
+    make = application("fine_tuning")
+    return lambda *arguments, **kwargs: make(*arguments, f"model.pretrained_model_name_or_path={checkpoint}", **kwargs)
+
+
+@pytest.mark.parametrize("way", FINE_TUNING)
+def test_frameworks(fine_tuning, way):
+    """Where they compute in fp32: bf16, supplied; one line."""
+    run = fine_tuning(MIXED, f"way={way}")
+    assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
+    assert run.log.endswith(f"21 trainable tensors, 492,160 elements: {SUPPLIED}")
+    if way == "accumulation":
+        assert "SAMPLE torch.Size([1, 19])" in run.out
+
+
+@pytest.mark.parametrize(
+    ("way", "by"),
+    [
+        ("loop", "the application's autocast"),
+        ("trainer", "accelerate's mixed precision"),
+        ("accelerate", "accelerate's mixed precision"),
+        ("lightning_automatic", "the application's autocast"),
+        ("lightning_by_hand", "the application's autocast"),
+    ],
+)
+def test_where_it_is_there_already(fine_tuning, way, by):
+    """Nothing is added, and the line says who does it."""
+    run = fine_tuning(MIXED, f"way={way}", "precision=bf16")
+    assert run.log.splitlines()[-1].endswith(f"stored in fp32, computed in bf16 by {by}")
+
+
+def test_in_a_process_that_the_job_starts(fine_tuning):
+    assert "INSIDE torch.bfloat16" in fine_tuning(MIXED, "way=spawned", python=sys.executable).out
+
+
+def test_swept(fine_tuning):
+    """Each job of a sweep by itself."""
+    run = fine_tuning("--multirun", "+precision_policy=on,mixed,off")
+    lines = [line.partition("stored in fp32, ")[2] for line in run.log.splitlines() if "stored in fp32, " in line]
+    assert lines == ["called under no autocast or mixed precision", "computed in bf16 by autocast that the policy supplies"]
+
+
+def test_where_a_dtype_was_chosen_the_fix_gets_bf16_compute_too(fine_tuning):
+    """So it doubles no activations, which ``on`` has to say."""
+    assert (
+        "\n  fix: +model.dtype=float32  (activations double" in fine_tuning("+precision_policy=on", "+model.dtype=bfloat16").out
+    )
+    assert "\n  fix: +model.dtype=float32\n" in fine_tuning(MIXED, "+model.dtype=bfloat16").out
+    assert SUPPLIED in fine_tuning(MIXED, "+model.dtype=float32").log
+
+
+@pytest.mark.parametrize("kernels", ["flash_attention_2", "flash_attention_3"])
+def test_kernels_of_16_bits_are_told_before_the_run(compose, kernels):
+    config = f"model: {{torch_dtype: auto, attn_implementation: {kernels}}}\noptimizer: {{_target_: torch.optim.AdamW}}"
+    told = compose(config, "+precision_policy=on").precision_policy.decision.reason
+    assert told.endswith(
+        f"model.attn_implementation={kernels} takes 16 bits alone: the job must autocast, or use precision_policy=mixed"
+    )
+    assert kernels not in compose(config, MIXED).precision_policy.decision.reason
+
+
+@pytest.mark.parametrize("value", ["float16", "fp16", "torch.float16", "half"])
+def test_fp16_is_refused(app, value):
+    run = app()("+precision_policy=on", f"precision_policy.compute_dtype={value}", status=1)
+    assert "needs loss scaling, which only the application can do" in run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("value", ["bfloat16", "bf16", "torch.bfloat16"])
+def test_spellings(compose, value):
+    cfg = compose(CONFIG, "+precision_policy=on", f"precision_policy.compute_dtype={value}")
+    assert cfg.precision_policy.compute_dtype == "bfloat16"
