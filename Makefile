@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = -m pip install -q -c constraints.txt
 JOBS ?= 2
 # A thread for each test process, of which there are as many as cores.
-export OMP_NUM_THREADS = 1
+test test-heavy test-oldest nightly mutants: export OMP_NUM_THREADS = 1
 
 # The oldest environment runs in the oldest Python that is here: python3.10 by name, pyenv's, or else the one above.
 OLDEST_PYTHON ?= $(shell for python in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \

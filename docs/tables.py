@@ -208,11 +208,7 @@ def main() -> None:
             path.write_text(today, encoding="utf-8")
     if stale and "--check" in sys.argv:
         sys.exit(f"not as docs/evidence has it: {', '.join(stale)}; run `make tables`")
-    print(
-        f"tables: {', '.join(stale) or 'nothing'} written anew"
-        if "--check" not in sys.argv
-        else "tables: as docs/evidence has it"
-    )
+    print(f"tables written anew on {', '.join(stale)}" if stale else "tables: as docs/evidence has it")
 
 
 if __name__ == "__main__":

@@ -178,9 +178,9 @@ def torchrun(processes: int) -> list[str]:
 # What `train` gets in a sweep, by option and by the dtype asked for: its dtype, the rule, the policy's INFO and WARNING lines.
 SWEPT = {
     ("on", "auto"): ("float32", "set", 2, 0),
-    ("on", "bfloat16"): ("bfloat16", "explicit_dtype", 1, 1),
-    ("warn", "auto"): ("auto", "warn_only", 1, 1),
-    ("warn", "bfloat16"): ("bfloat16", "explicit_dtype", 1, 1),
+    ("on", "bfloat16"): ("bfloat16", "explicit_dtype", 2, 1),
+    ("warn", "auto"): ("auto", "warn_only", 2, 1),
+    ("warn", "bfloat16"): ("bfloat16", "explicit_dtype", 2, 1),
     ("off", "auto"): ("auto", None, 0, 0),
     ("off", "bfloat16"): ("bfloat16", None, 0, 0),
 }

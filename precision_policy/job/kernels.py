@@ -142,7 +142,7 @@ def _prepare(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, torch.Tens
     return launch, table
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _table(entries: tuple[int, ...], rows: int, device: torch.device) -> tuple[torch.Tensor, bool]:
     """The addresses and sizes on the device, and whether all addresses are aligned.
 
@@ -153,7 +153,7 @@ def _table(entries: tuple[int, ...], rows: int, device: torch.device) -> tuple[t
     return table.to(device, non_blocking=True), is_aligned
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
     """For each program its tensor's number, then for each its block's number in that; and how many programs there are."""
     counts = torch.tensor([-(-size // _BLOCK) for size in sizes])

@@ -71,6 +71,7 @@ class MasterWeights(Listener):
         # Optimizers may be stepped by several threads: by the one of each GPU that runs a backward pass, say.
         self._lock = threading.RLock()
         self._scratch: Scratch | None = None
+        self._undo_missing: Callable[[], None] | None = None
 
     def kept(self, optimizer: Optimizer) -> Kept | None:
         """What the last step of an optimizer did.
@@ -125,6 +126,9 @@ class MasterWeights(Listener):
         """Let the optimizers that live on be torch's own: their states in the parameter's dtype, and no low bits."""
         for optimizer in {*self._plans, *self._loaded}:
             resume.hand_back(optimizer)
+        if self._undo_missing is not None:
+            self._undo_missing()
+            self._undo_missing = None
         self._plans.clear()
         self._loaded.clear()
         self._scratch = None
@@ -155,6 +159,8 @@ class MasterWeights(Listener):
         """Who is stepped how, this time: it depends on who has a gradient. What was made for the last step is used again."""
         before = self._plans.get(optimizer)
         if before is None:
+            if self._undo_missing is None:
+                self._undo_missing = resume.let_low_bits_be_missing()
             before = _Plan.for_class(type(optimizer))
         elif before.is_for(optimizer.param_groups):
             return before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from precision_policy.job.pieces import LOW_BITS, WHOLE
 from precision_policy.job.torch_states import Kind, kind_of
+from precision_policy.job.wrapping import wrap
 
 
 @contextlib.contextmanager
@@ -59,3 +61,26 @@ def hand_back(optimizer: Optimizer) -> None:
         for param in group["params"]:
             if param.dtype is torch.bfloat16:
                 to_param_dtype(optimizer, kind, param)
+
+
+def let_low_bits_be_missing() -> Callable[[], None] | None:
+    """Let a distributed checkpoint load that was made without master weights, where its planner demands every key of a state.
+
+    ``torch.distributed.checkpoint`` asks the checkpoint for what the states of this run have, after a step with a learning rate
+    of zero. So the low bits are asked for, which only a checkpoint with master weights has.
+
+    Returns:
+        What undoes it; None where the job has not imported that package.
+    """
+    planner: Any = sys.modules.get("torch.distributed.checkpoint.default_planner")
+    if planner is None:
+        return None
+
+    def plan(make_plan: Callable[..., Any], state_dict: dict[str, Any], metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = {}
+        for name, value in state_dict.items():
+            if name in metadata.state_dict_metadata or not name.endswith((f".{LOW_BITS}", f".{WHOLE}")):
+                wanted[name] = value
+        return make_plan(wanted, metadata, *args, **kwargs)
+
+    return wrap(planner, "create_default_local_load_plan", plan)

@@ -15,7 +15,7 @@ from precision_policy.record import Decision, Record
 
 _MASTER_WEIGHTS = "precision_policy.master_weights=true"
 _NO_KEY = "store the model in fp32 where the code makes it; no key in the config is known to set its dtype"
-_PAIRS = "if this is another model than the config's: precision_policy.pairs can name further models, as README shows"
+_PAIRS = "if this is another model than the config's: precision_policy.pairs can name further models"
 _RECAST = "something recast the model: look for .to(torch.bfloat16), .bfloat16() or a bf16-true precision setting"
 _NOT_READ = "nothing read the key, so set the dtype where the code reads it"
 

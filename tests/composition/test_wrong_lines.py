@@ -5,19 +5,6 @@ from conftest import CONFIG
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "value"),
-    [
-        ("precision_policy.storage_dtype=32", "model.torch_dtype", 32),
-        ("precision_policy.sample=1e6", "precision_policy.sample", 1_000_000),
-    ],
-)
-def test_numbers_as_people_type_them(compose, override, key, value):
-    from omegaconf import OmegaConf
-
-    assert OmegaConf.select(compose(CONFIG, "+precision_policy=on", override), key) == value
-
-
-@pytest.mark.parametrize(
     ("config", "override", "words"),
     [
         ("net: {torch_dtype: auto}", "precision_policy.model=nett", "Did you mean precision_policy.model=net?"),
@@ -78,17 +65,3 @@ def test_an_unquoted_on_elsewhere(app, compose):
         assert "Traceback" not in run.err
     with pytest.raises(ConfigCompositionException, match="quoted, in a defaults list"):
         compose("defaults:\n  - precision_policy: on\n  - _self_\n")
-
-
-def test_an_explicit_on_that_does_nothing(app):
-    """Nothing found: a WARNING with the line to paste. Nothing needed: an INFO."""
-    run = app("net: {torch_dtype: auto}\noptimizer: {_target_: torch.optim.AdamW, _partial_: true}\nmodel: null")(
-        "+precision_policy=on"
-    )
-    assert run.log.startswith("WARNING precision_policy=on: nothing set (no_model)")
-    assert "add: precision_policy.model=net" in run.log.splitlines()[0]
-    assert "\n    precision_policy.model=net\n" in run.out
-    for arguments in (["+peft=true"], ["model.torch_dtype=float32"], ["optimizer._target_=optimi.AdamW"]):
-        assert app(folder=arguments[0].replace(".", "").replace("=", ""))(
-            "+precision_policy=on", *arguments, status=None
-        ).log.startswith("INFO")

@@ -47,35 +47,6 @@ def test_torch():
     assert callable(module._call_impl)
 
 
-@pytest.mark.parametrize("wrapper", [True, False])
-def test_what_is_compiled_is_one_graph(wrapper):
-    """The call under autocast breaks no graph, outside of what is compiled nor inside torch.compile's wrapper."""
-    from precision_policy.job.compute_dtype import Supply, with_what_it_wraps
-
-    class Network(torch.nn.Sequential):
-        def forward(self, x):
-            return super().forward(x)
-
-    model, graphs = Network(torch.nn.Linear(4, 4), torch.nn.GELU()), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    called = torch.compile(model, backend=backend, fullgraph=True) if wrapper else model
-    if not wrapper:
-        model.compile(backend=backend, fullgraph=True)
-    supply = Supply()
-    for one in with_what_it_wraps(called):
-        supply.to(one, "cpu")
-    outputs = [called(torch.ones(2, 4)), called(torch.ones(2, 4)), model(torch.ones(2, 4))]
-    assert len(graphs) == 1
-    assert torch.equal(outputs[0], outputs[2])
-    assert torch.equal(outputs[0], outputs[0].bfloat16().float())
-    supply.stop()
-    assert not torch.equal(outputs[0], model(torch.ones(2, 4)))
-
-
 @pytest.mark.parametrize(
     "what",
     [

@@ -14,7 +14,7 @@ LINE = (
     "INFO precision_policy=on: model.torch_dtype: auto -> float32: "
     "torch.optim.AdamW keeps no fp32 master copy (keep bf16: model.torch_dtype=bfloat16)"
 )
-CONFIRMED = "INFO precision_policy=on: 1 trainable tensor, 64 elements: stored in fp32"
+CONFIRMED = "INFO precision_policy=on: 1 trainable tensor, 64 elements: stored in fp32, updated in fp32"
 LINES = f"{LINE}\n{CONFIRMED}"
 
 
@@ -40,7 +40,7 @@ def check_sweep(train, *overrides):
     rules = [(record["decision"] or {}).get("rule") for record in records]
     assert rules == ["set", "explicit_dtype", "warn_only", "explicit_dtype", None, None]
     texts = [log.read_text() if log.exists() else "" for log in logs]
-    assert [text.count("[precision_policy][INFO]") for text in texts] == [2, 1, 1, 1, 0, 0]
+    assert [text.count("[precision_policy][INFO]") for text in texts] == [2, 2, 2, 2, 0, 0]
     assert [text.count("[precision_policy][WARNING]") for text in texts] == [0, 1, 1, 1, 0, 0]
 
 
@@ -166,7 +166,7 @@ def test_every_record_names_its_option(application):
     """Also where the format shows no logger's name."""
     run = application("bf16_weight")("+precision_policy=warn", "precision_policy.monitor.every=1")
     records = [line for line in run.out.splitlines() if "[precision_policy][" in line]
-    assert len(records) == 3
+    assert len(records) == 4
     assert all("] - precision_policy=warn: " in line for line in records)
 
 

@@ -641,7 +641,11 @@ class TestOutputs:
         assert output["logits"] is output.logits
         assert output.attentions is None
 
-    @pytest.mark.parametrize("output", [Post(LOW), Own(LOW), object(), {"a": Post(LOW), "b": [1]}, None, "text"], ids=repr)
+    @pytest.mark.parametrize(
+        "output",
+        [Post(LOW), Own(LOW), object(), {"a": Post(LOW), "b": [1]}, None, "text"],
+        ids=lambda output: type(output).__name__,
+    )
     def test_what_pytree_does_not_know_stays_the_same_object(self, output):
         """A dataclass would run its ``__post_init__`` twice; a class with a constructor of its own need not take it at all."""
         assert in_fp32(output) is output
