@@ -87,13 +87,6 @@ def test_a_step_is_told_once_from_outside_in(events, heard, kind):
     assert words(heard) == ["made", *STEP, *STEP]
 
 
-def test_a_step_with_arguments_of_its_own(events, heard):
-    """The innermost class is gone around: the application's own may call it as it likes."""
-    optimizer = Calling([parameter()])
-    assert optimizer.step("loss", lambda: 5) == 5
-    assert words(heard) == ["made", *STEP]
-
-
 def test_copies_are_served_too(events, heard):
     """Unpickled and copied optimizers were never constructed."""
     optimizer = torch.optim.SGD([parameter()])
