@@ -9,9 +9,6 @@ SUPPLIED = "autocast that the policy supplies"
 UNSEEN = "called under no autocast or mixed precision"
 """What is said of the compute where nobody was seen to choose another dtype than that of the storage."""
 
-NO_MASTERS = "; no master weights are kept, as nothing trainable is stored in bf16"
-"""What `mixed` adds where the first half of it sufficed."""
-
 
 def storage_set(key: str, before: str) -> str:
     """The line of a decision that sets fp32 storage."""

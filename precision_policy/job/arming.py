@@ -55,7 +55,7 @@ def _make_listeners(record: Record, speaker: Speaker, option: str) -> list[Liste
     else:
         masters = None
         listeners = [Storage(record, speaker, option, compute)]
-    listeners += [Confirmation(speaker, option, compute, masters), compute]
+    listeners += [Confirmation(speaker, option, compute, masters, wants_bf16=record.compute_dtype is None), compute]
     if record.monitor_every:
         listeners.append(Monitor(record.monitor_every, speaker, option))
     return listeners

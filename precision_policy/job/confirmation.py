@@ -58,9 +58,13 @@ class Confirmation(Listener):
         option: how the option that is on is called.
         compute: tells what an optimizer's parameters are computed in, and in which modules they were called.
         masters: what keeps master weights in this job, if anything does.
+        wants_bf16: whether master weights make sense with bf16 alone; the option ``mixed`` is for fp32 as well.
     """
 
-    def __init__(self, speaker: Speaker, option: str, compute: Compute, masters: MasterWeights | None = None) -> None:
+    def __init__(
+        self, speaker: Speaker, option: str, compute: Compute, masters: MasterWeights | None = None, wants_bf16: bool = True
+    ) -> None:
+        self._wants_bf16 = wants_bf16
         self._speaker = speaker
         self._option = option
         self._compute = compute
@@ -185,7 +189,7 @@ class Confirmation(Listener):
             part = Part(note.stored, note.updated, words.computed_in(computed.dtype, computed.by))
             parts.setdefault(part, Sum()).add(note.its)
         remark = ""
-        if self._masters is not None and not any(part.stored == "bf16" for part in [*parts, *self._told]):
+        if self._wants_bf16 and self._masters is not None and not any(part.stored == "bf16" for part in [*parts, *self._told]):
             remark = words.NOTHING_IN_BF16
         if not parts.keys() <= self._told:
             text = words.confirmed(self._option, parts, self._optimizers, self._frozen, remark)

@@ -29,6 +29,7 @@ from precision_policy.job.whole_adam import WholeAdam
 
 _LBFGS: Final = "LBFGS works on all parameters as one vector"
 _DIFFERENTIABLE: Final = "differentiable=True keeps the graph of the update"
+_PROPERTY: Final = "its class makes its state or its parameter groups anew each time they are asked for"
 _SPARSE: Final = "its gradients are sparse"
 _SUBCLASS: Final = "it is a tensor of a class that is not known"
 _FP16: Final = "fp16 needs loss scaling as well"
@@ -289,6 +290,8 @@ def _refusal(optimizer: Optimizer) -> str | None:
         return _LBFGS
     if any(group.get("differentiable") for group in optimizer.param_groups):
         return _DIFFERENTIABLE
+    if any(isinstance(getattr(type(optimizer), name, None), property) for name in ("state", "param_groups")):
+        return _PROPERTY
     return None
 
 

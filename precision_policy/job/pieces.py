@@ -213,8 +213,11 @@ class Piece:
         return [member.value for member in self.members] if self._has_shards else self._params
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This piece's part of a tensor that is laid as its one member is, flat; of a whole one all of it."""
-        return _flat(tensor)[self.part] if self.part is not None else _flat(tensor)
+        """This piece's part of a dense tensor that is laid as its one member is, in the order of its memory."""
+        if self.part is None:
+            return _flat(tensor)
+        count = self.part.stop - self.part.start
+        return tensor.as_strided((count,), (1,), tensor.storage_offset() + self.part.start)
 
     def join(self, lows: Sequence[torch.Tensor | None]) -> None:
         """Make the weights of the leaves: from the values in the model, and the low bits of each, where there are any."""

@@ -82,7 +82,7 @@ def kind_of(kind: type[Optimizer]) -> Kind:
     if base is None:
         return _UNKNOWN
     known = KINDS.get(base.__name__, _UNKNOWN)
-    if base.__module__ == "transformers.optimization":
+    if not f"{base.__module__}.".startswith("torch.optim."):  # torch's Muon says that it is of torch.optim itself
         known = _NAMED_ADAFACTOR
     inside = set(dir(base)) | {"state", "param_groups", "defaults"}
     for derived in kind.__mro__:

@@ -53,8 +53,8 @@ def test_what_is_armed_and_in_which_order(arm, masters, monkeypatch):
     arm(record())
     arm(record(master_weights=True, monitor_every=3))
     assert armed == [
-        ["Storage", "Compute", "Confirmation"],
-        ["Storage", "MasterWeights", "Compute", "Confirmation", "Monitor"],
+        ["Storage", "Confirmation", "Compute"],
+        ["Storage", "MasterWeights", "Confirmation", "Compute", "Monitor"],
     ]
 
 

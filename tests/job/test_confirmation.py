@@ -37,7 +37,9 @@ def test_every_job_is_confirmed(arm, said, confirmed, decision, action):
     """Whatever was decided, once, and a healthy one by nothing else."""
     arm(record(decision, bf16_adam=action))
     train(network(), steps=3)
-    assert confirmed() == ["4 trainable tensors, 2,112 elements: stored in fp32, updated in fp32, computed in fp32"]
+    assert confirmed() == [
+        "4 trainable tensors, 2,112 elements: stored in fp32, updated in fp32, called under no autocast or mixed precision"
+    ]
     assert said() == []
 
 
@@ -70,7 +72,7 @@ def test_what_is_frozen(arm, confirmed):
         model(torch.randn(64, 32)).pow(2).mean().backward()
         optimizer.step()
     assert confirmed() == [
-        "2 trainable tensors, 1,056 elements: stored in fp32, updated in fp32, computed in fp32; "
+        "2 trainable tensors, 1,056 elements: stored in fp32, updated in fp32, called under no autocast or mixed precision; "
         "1,024 elements frozen, stored in fp32; 32 elements frozen, stored in float64"
     ]
 
@@ -93,7 +95,7 @@ def test_several_optimizers_are_confirmed_together(armed, confirmed):
     assert confirmed() == []
     second.step()
     assert confirmed() == [
-        "4 trainable tensors, 2,112 elements in 2 optimizers: stored in fp32, updated in fp32, computed in fp32"
+        "4 trainable tensors, 2,112 elements in 2 optimizers: stored in fp32, updated in fp32, called under no autocast or mixed precision"
     ]
     first.step()
     assert len(confirmed()) == 1

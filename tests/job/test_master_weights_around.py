@@ -419,6 +419,27 @@ def test_differentiable_is_refused_and_steps_as_it_would(serving):
     assert serving.kept(optimizer).refused == {"differentiable=True keeps the graph of the update": 1}
 
 
+class WithProperty(torch.optim.SGD):
+    """A class of which nothing can stand in for the state."""
+
+    @property
+    def state(self):
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value):
+        self.__dict__["state"] = dict(value)
+
+
+def test_a_class_that_makes_its_state_by_a_property_is_refused(serving):
+    param = nn.Parameter(torch.ones(3, dtype=bf16))
+    optimizer = WithProperty([param], lr=1.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(param, torch.zeros_like(param))
+    assert sum(serving.kept(optimizer).refused.values()) == 1
+
+
 def test_sparse_gradients_and_fp16_are_refused_by_tensor(serving):
     """The others of the same optimizer get masters."""
     embedding = nn.Embedding(10, 4, sparse=True, dtype=bf16)
