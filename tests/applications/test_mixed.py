@@ -109,8 +109,9 @@ def test_of_two_models_the_one_with_adapters_is_left_alone(application):
     assert "Sequential ROUNDED True\n" in run.out
     assert "Adapted ROUNDED False\n" in run.out
     assert SUPPLIED in run.log
-    assert run.log.splitlines()[-1].endswith("stored in fp32, updated in fp32, called under no autocast of the policy's, which leaves PEFT and "
-                                             "quantized models alone")  # fmt: skip
+    left_alone = "called under no autocast of the policy's, which leaves PEFT and quantized models alone"
+    frozen = "4,160 elements frozen, stored in bf16"
+    assert run.log.splitlines()[-1].endswith(f"stored in fp32, updated in fp32, {left_alone}; {frozen}")
     assert "WARNING" not in run.log
 
 
