@@ -308,7 +308,11 @@ def may_be_low(optimizer: Optimizer) -> bool:
     for group in optimizer.param_groups:
         params = group["params"]
         some = params if len(params) <= 512 else params[:: len(params) // 64 | 1]
-        # element_size is cheaper than dtype, which has to ask whether the tensor overrides it.
-        if 2 in map(torch.Tensor.element_size, some):
+        try:
+            # element_size is cheaper than dtype, which has to ask whether the tensor overrides it.
+            found = 2 in map(torch.Tensor.element_size, some)
+        except ValueError:  # a lazy parameter, which has no elements yet, tells its dtype alone
+            found = any(p.dtype in (torch.bfloat16, torch.float16) for p in some)
+        if found:
             return True
     return False

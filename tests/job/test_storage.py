@@ -511,3 +511,13 @@ def test_a_job_of_an_optimizer_for_each_parameter(application):
         "40 optimizers over bf16 weights, no fp32 master copy: 40 trainable tensors (83,200 elements) stored in bf16" in run.log
     )
     assert "40 trainable tensors, 83,200 elements in 40 optimizers: stored in bf16, updated in bf16" in run.log
+
+
+def test_lazy_parameters(armed, said):
+    """They have no elements when their optimizer is made; they are looked at like any others, and nothing fails."""
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert said() == []
+    assert said("INFO")[-1].startswith("precision_policy=on: 4 trainable tensors, 36 elements: stored in fp32")
