@@ -87,6 +87,14 @@ def test_a_step_is_told_once_from_outside_in(events, heard, kind):
     assert words(heard) == ["made", *STEP, *STEP]
 
 
+def test_a_step_with_arguments_of_its_own(events, heard):
+    """The innermost class is gone around: the application's own may call it as it likes."""
+    optimizer = Calling([parameter()])
+    assert optimizer.step("loss", lambda: 5) == 5
+    # torch runs the step hooks of both classes, where an optimizer of the inner one was made before in this process.
+    assert [word for word in words(heard) if word in ("made", "in", "out")] == ["made", "in", "out"]
+
+
 def test_copies_are_served_too(events, heard):
     """Unpickled and copied optimizers were never constructed."""
     optimizer = torch.optim.SGD([parameter()])

@@ -556,6 +556,16 @@ def test_adafactor_of_transformers_is_served_by_name(serving):
     assert serving.kept(optimizer).tensors == len(params) - 1
 
 
+@pytest.fixture
+def disarmed_after():
+    """What ``keep_master_weights`` arms stays armed for as long as the process lives; other tests are to find torch as it is."""
+    from precision_policy.job import master_weights
+
+    yield
+    master_weights._by_hand_events.end()
+
+
+@pytest.mark.usefixtures("disarmed_after")
 def test_kept_by_hand_without_a_job():
     """``keep_master_weights`` for code that runs without Hydra."""
     param, other = (nn.Parameter(torch.ones(3, dtype=bf16)) for _ in range(2))
