@@ -1,7 +1,7 @@
 """What each way to train costs, and what loss it ends at, on an application that knows nothing of the policy.
 
-    python benchmarks/compute.py --out DIRECTORY [--only WORD ...] [--devices 0,1]   # a Llama of 1.1 B, on GPUs
-    python benchmarks/compute.py --out DIRECTORY --small                             # a tiny one, on a CPU
+    python benchmarks/compute.py [batch=4 ...] --out DIRECTORY [--only WORD ...] [--devices 0,1]   # a Llama of 1.1 B, on GPUs
+    python benchmarks/compute.py --out DIRECTORY --small                                           # a tiny one, on a CPU
 
 Each row is one job, run as its user would run it, in a process of its own. The processes are forked from this one, which has
 imported torch and transformers, so that a row on a lent GPU is not mostly imports.
@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ WAYS = {
     "mixed": ["+precision_policy=mixed"],
     "master_weights": ["+precision_policy=master_weights"],
 }
+COMPARED = ("bf16 as is", "fp32, own autocast", "master_weights")
 RIVALS = {
     "optimi AdamW, Kahan, Triton": ["optimizer._target_=optimi.AdamW", "~optimizer.fused", "+optimizer.triton=true"],
     "FlashAdamW, 24 bits": ["optimizer._target_=flashoptim.FlashAdamW", "~optimizer.fused", "+optimizer.master_weight_bits=24"],
@@ -63,6 +65,7 @@ class Row:
     shape: str
     way: str
     arguments: list[str]
+    ranks: int = 1
 
     @property
     def name(self) -> str:
@@ -73,26 +76,32 @@ def rows() -> list[Row]:
     """All rows, in the order in which they are worth a GPU's time."""
     listed = []
     for shape in ("plain", "checkpointing"):
-        for way in ("bf16 as is", "fp32, own autocast", "master_weights"):
-            listed.append(Row("cost", shape, way, [*SHAPES[shape], *WAYS[way], "steps=20"]))
+        listed += rows_of_shape(shape)
         for way, optimizer in RIVALS.items():
             listed.append(Row("cost", shape, way, [*SHAPES[shape], *WAYS["bf16 as is"], *optimizer, "steps=20"]))
+    for parallel in ("ddp", "fsdp2"):
+        for way in ("bf16 as is", "mixed", "master_weights"):
+            listed.append(Row("two GPUs", parallel, way, [f"parallel={parallel}", *WAYS[way], "steps=20"], ranks=2))
+    for seed in (0, 1, 2):
+        for way in COMPARED:
+            listed.append(Row("loss after 300 steps", "plain", way, [*WAYS[way], f"seed={seed}", "steps=300"]))
+    listed += rows_of_shape("torch.compile(model)")
     for name, optimizer in OWN_STEP.items():
         for way in ("bf16 as is", "master_weights"):
             listed.append(Row("torch's own step", name, way, [*optimizer, *WAYS[way], "steps=20"]))
-    for way in ("bf16 as is", "fp32, own autocast", "master_weights"):
-        listed.append(Row("cost", "torch.compile(model)", way, [*SHAPES["torch.compile(model)"], *WAYS[way], "steps=20"]))
-    for seed in (0, 1, 2):
-        for way in ("bf16 as is", "fp32, own autocast", "master_weights"):
-            listed.append(Row("loss after 300 steps", "plain", way, [*WAYS[way], f"seed={seed}", "steps=300"]))
-    kahan = RIVALS["optimi AdamW, Kahan, Triton"]
-    ways = [*WAYS["bf16 as is"], *kahan, "seed=0", "steps=300"]
-    listed.append(Row("loss after 300 steps", "plain", "optimi AdamW, Kahan, Triton", ways))
     for shape, flags in SHAPES.items():
         for way in ("fp32, own autocast", "fp32, own autocast, no cache", "mixed"):
             listed.append(Row("autocast's cache", shape, way, [*flags, *WAYS[way], "steps=20"]))
+    kahan = RIVALS["optimi AdamW, Kahan, Triton"]
+    ways = [*WAYS["bf16 as is"], *kahan, "seed=0", "steps=300"]
+    listed.append(Row("loss after 300 steps", "plain", "optimi AdamW, Kahan, Triton", ways))
     listed.append(Row("cost", "plain", "on", [*WAYS["on"], "steps=6"]))
     return listed
+
+
+def rows_of_shape(shape: str) -> list[Row]:
+    """What one shape costs in each of the ways that a user chooses from."""
+    return [Row("cost", shape, way, [*SHAPES[shape], *WAYS[way], "steps=20"]) for way in COMPARED]
 
 
 def small_rows() -> list[Row]:
@@ -103,15 +112,25 @@ def small_rows() -> list[Row]:
     ]
 
 
-def run(row: Row, checkpoint: Path, device: str) -> dict:
-    """Run one job in a forked process; what it measured and what the policy said."""
+def run(row: Row, checkpoint: Path, devices: str) -> dict:
+    """Run one job in forked processes, one for each rank; what it measured and what the policy said."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"model.pretrained_model_name_or_path={checkpoint}", *row.arguments, f"hydra.run.dir={folder}"]
         output = Path(folder, "output")
-        child = os.fork()
-        if child == 0:
-            become_the_job(arguments, output, device)
-        os.waitpid(child, 0)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            free_port = probe.getsockname()[1]
+        children = []
+        for rank in range(row.ranks):
+            child = os.fork()
+            if child == 0:
+                if row.ranks > 1:
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+                become_the_job(arguments, output, devices)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
         text = output.read_text()
     named = {"experiment": row.experiment, "shape": row.shape, "way": row.way, "arguments": " ".join(row.arguments)}
     found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
@@ -123,12 +142,12 @@ def run(row: Row, checkpoint: Path, device: str) -> dict:
     return {**named, **json.loads(found[1]), "told": told[1] if told else "", "warned": warned}
 
 
-def become_the_job(arguments: list[str], output: Path, device: str) -> None:
+def become_the_job(arguments: list[str], output: Path, devices: str) -> None:
     """Be the application's process; it never returns."""
     status = 1
     try:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
-        number = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+        number = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(number, 1)
         os.dup2(number, 2)
         sys.argv = ["llama_app.py", *arguments]
@@ -150,8 +169,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="made where it is not there")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name has one of these words")
-    parser.add_argument("--devices", default="0", help="GPUs by number; each runs one job at a time")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--devices", default="0", help="GPUs by number; each runs one job at a time, and all of them those of ranks"
+    )
+    parser.add_argument("override", nargs="*", help="for the application, such as batch=4")
+    given = parser.parse_intermixed_args()
     given.out.mkdir(parents=True, exist_ok=True)
     checkpoint = given.checkpoint or given.out / "checkpoint"
     if not (checkpoint / "config.json").exists():
@@ -162,6 +184,8 @@ def main() -> None:
 
     every = small_rows() if given.small else rows()
     wanted = [row for row in every if not given.only or any(word in row.name for word in given.only)]
+    for row in wanted:
+        row.arguments += given.override
     devices: queue.Queue[str] = queue.Queue()
     for device in given.devices.split(","):
         devices.put(device)
@@ -169,18 +193,24 @@ def main() -> None:
     lock = threading.Lock()
 
     def measure(row: Row) -> None:
-        device = devices.get()
-        try:
-            result = run(row, checkpoint, device)
-        finally:
-            devices.put(device)
+        if row.ranks > 1:
+            result = run(row, checkpoint, given.devices)
+        else:
+            device = devices.get()
+            try:
+                result = run(row, checkpoint, device)
+            finally:
+                devices.put(device)
         with lock:
             results.append(result)
             print(json.dumps(result), flush=True)
             write(results, given.out / ("compute-small.csv" if given.small else "compute.csv"))
 
     with ThreadPoolExecutor(devices.qsize()) as pool:
-        list(pool.map(measure, wanted))
+        list(pool.map(measure, [row for row in wanted if row.ranks == 1]))
+    for row in wanted:
+        if row.ranks > 1 and devices.qsize() >= row.ranks:
+            measure(row)
     if given.small:
         check(results)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -88,7 +89,7 @@ def adam(
     """Make the step of ``torch.optim.Adam`` or ``AdamW`` on the fp32 weights that values and low bits stand for.
 
     26 bytes an element are moved: 16 of the two states, 4 of the values, 4 of the low bits, 2 of the gradient. The arithmetic
-    is that of torch's fused kernel (torch 2.13, ``ATen/native/cuda/fused_adam_utils.cuh``).
+    is that of torch's fused kernel (``ATen/native/cuda/fused_adam_utils.cuh``).
 
     Args:
         values: bf16 weights of one device; overwritten.
@@ -106,13 +107,43 @@ def adam(
         fused: whether they shrink as by torch's fused kernel. Otherwise torch multiplies them by ``1 - lr * weight_decay`` in
             fp32, which rounds 1 - 1e-7 to 1 - 1.2e-7.
     """
-    if fused:  # torch's kernel has the decays in fp32, and 1 - beta of these
-        beta1, beta2 = struct.unpack("ff", struct.pack("ff", beta1, beta2))
     launch, table = _prepare([values, lows, gradients, exp_avgs, exp_avg_sqs])
-    count = _count(steps, table.device).double() + 1  # in fp32, 1 - 0.999 would be wrong in the fifth digit
+    count = _count(steps, table.device) + 1
+    if fused and _fused_is_in_fp32(table.device):
+        beta1, beta2 = struct.unpack("ff", struct.pack("ff", beta1, beta2))
+    else:
+        count = count.double()  # in fp32, 1 - 0.999 is wrong in the fifth digit
     corrections = torch.stack([1 - beta1**count, (1 - beta2**count).sqrt()]).float()
     rates = lr, weight_decay, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps
     launch(_adam, table, corrections, *rates, DECAYS=weight_decay != 0, DECOUPLED=decoupled, FUSED=fused)
+
+
+@functools.cache
+def _fused_is_in_fp32(device: torch.device) -> bool:
+    """Whether torch's fused kernel has the decays and what it makes of them in fp32. Up to some version it had them in fp64.
+
+    The two differ in the fifth digit of 1 - 0.999. So a step is tried, of one element.
+    """
+    weight, gradient, exp_avg, exp_avg_sq, step = torch.tensor([[0.0], [1.0], [0.0], [0.0], [1.0]], device=device).unbind()
+    try:
+        torch._fused_adamw_(
+            [weight],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [step.squeeze()],
+            lr=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1.0,
+            amsgrad=False,
+            maximize=False,
+        )
+    except (AttributeError, RuntimeError, TypeError):  # it is private, and may go
+        return False
+    return exp_avg_sq.item() != torch.tensor(1 - 0.999).item()
 
 
 def _count(steps: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -148,7 +179,10 @@ def _table(entries: tuple[int, ...], rows: int, device: torch.device) -> tuple[t
 
     From one step to the next they are mostly the same: torch gives freed memory out again in the same order.
     """
-    table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda").view(rows, -1)
+    # By the buffer of an array: torch.tensor() takes ten times as long over so many numbers.
+    table = torch.frombuffer(array("q", entries), dtype=torch.int64).view(rows, -1)
+    if device.type == "cuda":
+        table = table.pin_memory()
     is_aligned = not bool((table[:-1] & (_ALIGNMENT - 1)).any())
     return table.to(device, non_blocking=True), is_aligned
 
@@ -264,8 +298,8 @@ def _adam_elements(
             weight -= lr * weight_decay * weight
         else:
             weight *= shrink
-    m = beta1 * tl.load(exp_avg + i, mask) + rest1 * g
-    v = beta2 * tl.load(exp_avg_sq + i, mask) + rest2 * (g * g)
+    m = tl.fma(beta1, tl.load(exp_avg + i, mask), rest1 * g)
+    v = tl.fma(beta2, tl.load(exp_avg_sq + i, mask), rest2 * (g * g))
     weight -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction2_sqrt) + eps)
     new_value, new_low = _parted(weight.to(tl.int32, bitcast=True))
     tl.store(exp_avg + i, m, mask)

@@ -212,6 +212,10 @@ class Piece:
     def _present_values(self) -> list[torch.Tensor]:
         return [member.value for member in self.members] if self._has_shards else self._params
 
+    def of_all(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """What the kernels read and write of dense tensors, which they take by address and size alone."""
+        return tensors if self.part is None else [self.of(tensor) for tensor in tensors]
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This piece's part of a dense tensor that is laid as its one member is, in the order of its memory."""
         if self.part is None:
@@ -222,9 +226,9 @@ class Piece:
     def join(self, lows: Sequence[torch.Tensor | None]) -> None:
         """Make the weights of the leaves: from the values in the model, and the low bits of each, where there are any."""
         values = self._present_values()
-        if self._kernels is not None and all(low is not None for low in lows):
-            parts = [self.of(value) for value in values]
-            self._kernels.join(parts, [self.of(low) for low in lows if low is not None], self.views)
+        present = [low for low in lows if low is not None]
+        if self._kernels is not None and len(present) == len(lows):
+            self._kernels.join(self.of_all(values), self.of_all(present), self.views)
             return
         if self._is_flat:
             self._weights.copy_(self.of(values[0]))
@@ -237,7 +241,6 @@ class Piece:
                 if low is not None:
                     low_bits.join(_flat(view), _flat(low), torch.empty_like(_flat(view)))
             return
-        present = [low for low in lows if low is not None]
         if not present:
             return
         views = self._lows
@@ -259,8 +262,8 @@ class Piece:
     def prepare_write(self, kept: Sequence[torch.Tensor]) -> None:
         """Get the memory that writing needs, before anything is written."""
         if self._kernels is not None:
-            targets = [self.of(value) for value in self._present_values()]
-            self._split = self._kernels.prepare_split(self.views, targets, [self.of(own) for own in kept])
+            targets = self.of_all(self._present_values())
+            self._split = self._kernels.prepare_split(self.views, targets, self.of_all(kept))
 
     def round_off(self) -> None:
         """Make ready what :meth:`write` writes; it can be done again. The gradients are lost."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # what DistributedDataParallel's users have of it
 from torch.optim import Optimizer
 
 from precision_policy.estimate import parameters
@@ -40,16 +41,16 @@ def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> No
     entries = _ready_entries(optimizer, kind, piece)
     is_ready = entries is not None
     if entries is not None:
-        kept = [(entry[LOW_BITS], entry[LOW_BITS]) for entry in entries]
+        lows = owns = [entry[LOW_BITS] for entry in entries]
     else:
         entries = [entry_for_leaf(optimizer, member, kind) for member in piece.members]
-        kept = [kept_of(optimizer, member) for member in piece.members]
+        lows, owns = _kept_of_all(optimizer, piece.members)
     state = defaultdict(dict, zip(piece.leaves, entries, strict=True))
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
-        _make_step(optimizer, step, [piece], groups, state, kept)
-    failure = _write([piece], kept)
+        _make_step(optimizer, step, [piece], groups, state, lows, owns)
+    failure = _write([piece], owns)
     if not is_ready:
-        for member, entry, (_, own) in zip(piece.members, entries, kept, strict=True):
+        for member, entry, own in zip(piece.members, entries, owns, strict=True):
             put_back(optimizer, member, kind, entry, own)
     if failure is not None:
         raise failure
@@ -60,7 +61,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
     member = parts[0].members[0]
     group = optimizer.param_groups[member.group]
     entry = entry_for_leaf(optimizer, member, kind)
-    kept = [kept_of(optimizer, member)]
+    lows, owns = _kept_of_all(optimizer, [member])
     made: Entry = {}
 
     def step_part(part: Piece) -> BaseException | None:
@@ -68,7 +69,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
         own = _entry_of_part(part, kind, entry, copies_numbers=part is not parts[-1])
         groups = [{**group, "params": part.leaves * member.times}]
         with _undone_on_failure(_changed_by_step(groups, kind, [own])):
-            _make_step(optimizer, step, [part], groups, defaultdict(dict, {part.leaves[0]: own}), kept)
+            _make_step(optimizer, step, [part], groups, defaultdict(dict, {part.leaves[0]: own}), lows, owns)
             for name in kind.states:
                 if torch.is_tensor(own.get(name)) and name not in entry:
                     if name not in made:
@@ -76,7 +77,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
                     part.of(made[name]).copy_(own[name])
         if part is parts[-1]:
             made.update({name: value for name, value in own.items() if name not in kind.states})
-        return _write([part], kept)
+        return _write([part], owns)
 
     failure: BaseException | None = None
     for part in parts:
@@ -89,7 +90,7 @@ def step_parts(optimizer: Optimizer, step: Step, kind: Kind, parts: Sequence[Pie
                 raise
             failure = error
             step_part(part)
-    put_back(optimizer, member, kind, {**entry, **made}, kept[0][1])
+    put_back(optimizer, member, kind, {**entry, **made}, owns[0])
     if failure is not None:
         raise failure
 
@@ -112,11 +113,11 @@ def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piec
         state.pop(member.param, None)
     others = set(state)
     state.update(zip(leaves, entries, strict=True))
-    kept = [kept_of(optimizer, member) for member in members]
+    lows, owns = _kept_of_all(optimizer, members)
     with _undone_on_failure(_changed_by_step(groups, kind, entries)):
-        _make_step(optimizer, step, pieces, groups, state, kept)
-    failure = _write(pieces, kept)
-    for member, leaf, (_, own) in zip(members, leaves, kept, strict=True):
+        _make_step(optimizer, step, pieces, groups, state, lows, owns)
+    failure = _write(pieces, owns)
+    for member, leaf, own in zip(members, leaves, owns, strict=True):
         put_back(optimizer, member, kind, state.pop(leaf, {}), own)
     for key in others - set(state):
         optimizer.state.pop(key, None)
@@ -128,46 +129,48 @@ def step_all(optimizer: Optimizer, step: Step, kind: Kind, pieces: Sequence[Piec
         raise failure
 
 
-# What is kept of a member beside the weight in the model: what it is joined with, and the tensor to write into.
-_Own = tuple[torch.Tensor | None, torch.Tensor]
-
-
 def _make_step(
-    optimizer: Optimizer, step: Step, pieces: Sequence[Piece], groups: list[Entry], state: Any, kept: Sequence[_Own]
+    optimizer: Optimizer,
+    step: Step,
+    pieces: Sequence[Piece],
+    groups: list[Entry],
+    state: Any,
+    lows: Sequence[torch.Tensor | None],
+    owns: Sequence[torch.Tensor],
 ) -> None:
     """Everything but writing: what the application sees is as it was, but for states, which torch changes in place."""
     start = 0
     for piece in pieces:
-        piece.join([low for low, _ in kept[start : start + len(piece.members)]])
+        piece.join(lows[start : start + len(piece.members)])
         piece.take_grads()
         start += len(piece.members)
     with _standing_in(optimizer, groups, state):
         step(optimizer)
     start = 0
     for piece in pieces:
-        piece.prepare_write([own for _, own in kept[start : start + len(piece.members)]])
+        piece.prepare_write(owns[start : start + len(piece.members)])
         start += len(piece.members)
 
 
-def _write(pieces: Sequence[Piece], kept: Sequence[_Own]) -> BaseException | None:
+def _write(pieces: Sequence[Piece], owns: Sequence[torch.Tensor]) -> BaseException | None:
     """Write what was made, all of it: where an exception comes in between, once more from the start. Nothing here needs memory.
 
     Returns:
         The exception, for the caller to raise when the states are put back as well.
     """
     try:
-        _write_once(pieces, kept)
+        _write_once(pieces, owns)
     except BaseException as failure:
-        _write_once(pieces, kept)
+        _write_once(pieces, owns)
         return failure
     return None
 
 
-def _write_once(pieces: Sequence[Piece], kept: Sequence[_Own]) -> None:
+def _write_once(pieces: Sequence[Piece], owns: Sequence[torch.Tensor]) -> None:
     start = 0
     for piece in pieces:
         piece.round_off()
-        piece.write([own for _, own in kept[start : start + len(piece.members)]])
+        piece.write(owns[start : start + len(piece.members)])
         start += len(piece.members)
 
 
@@ -189,16 +192,19 @@ def _undone_on_failure(tensors: list[torch.Tensor]) -> Iterator[None]:
     larger: list[torch.Tensor] = []
     for tensor in tensors:
         (larger if tensor.dim() else numbers).append(tensor)
-    # One call for all of them, where clone() would take one for each.
+    # One call and one piece of memory for all of them: ten thousand clones would take longer than the step.
     copied_numbers = torch.stack(numbers) if numbers else None
-    copies = torch._foreach_mul(larger, 1) if larger else ()
+    copied = None
+    if larger:
+        is_single = len(larger) == 1  # the flat form of which is itself
+        copied = larger[0].flatten().clone() if is_single else _flatten_dense_tensors(larger)  # type: ignore[no-untyped-call]  # torch gives it no types
     try:
         yield
     except BaseException:
         if copied_numbers is not None:
             torch._foreach_copy_(numbers, list(copied_numbers.unbind()))
-        if larger:
-            torch._foreach_copy_(larger, copies)
+        if copied is not None:
+            torch._foreach_copy_(larger, list(_unflatten_dense_tensors(copied, larger)))  # type: ignore[no-untyped-call]  # as above
         raise
 
 
@@ -290,12 +296,23 @@ def low_and_whole(optimizer: Optimizer, member: Member) -> tuple[torch.Tensor | 
     return low, whole
 
 
-def kept_of(optimizer: Optimizer, member: Member) -> _Own:
+def kept_of(optimizer: Optimizer, member: Member) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What a member is joined with, and where to write what is kept of it: new memory where its state has none that fits."""
     low, whole = low_and_whole(optimizer, member)
     if not member.keeps_whole:
         return low, low if low is not None else member.new(torch.bfloat16)
     return low, whole if whole is not None else member.new(torch.float32)
+
+
+def _kept_of_all(optimizer: Optimizer, members: Sequence[Member]) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+    """What :func:`kept_of` tells of each member, in two lists."""
+    lows = []
+    owns = []
+    for member in members:
+        low, own = kept_of(optimizer, member)
+        lows.append(low)
+        owns.append(own)
+    return lows, owns
 
 
 def _fitting(value: Any, member: Member, dtype: torch.dtype) -> torch.Tensor | None:
