@@ -11,16 +11,14 @@ import argparse
 import csv
 import json
 import os
-import queue
 import re
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,34 +110,68 @@ def small_rows() -> list[Row]:
     ]
 
 
-def run(row: Row, checkpoint: Path, devices: str) -> dict:
-    """Run one job in forked processes, one for each rank; what it measured and what the policy said."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [f"model.pretrained_model_name_or_path={checkpoint}", *row.arguments, f"hydra.run.dir={folder}"]
-        output = Path(folder, "output")
+class Job:
+    """A row that runs, in a forked process for each rank.
+
+    Args:
+        row: what to run.
+        checkpoint: where the model lies.
+        devices: GPUs by number, one for each rank.
+    """
+
+    def __init__(self, row: Row, checkpoint: Path, devices: list[str]) -> None:
+        self.row = row
+        self.devices = devices
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name, "output")
+        arguments = [f"model.pretrained_model_name_or_path={checkpoint}", *row.arguments, f"hydra.run.dir={self._folder.name}"]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            free_port = probe.getsockname()[1]
-        children = []
+            port = probe.getsockname()[1]
+        self.children = set()
         for rank in range(row.ranks):
             child = os.fork()
             if child == 0:
                 if row.ranks > 1:
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
-                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
-                become_the_job(arguments, output, devices)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
-        text = output.read_text()
-    named = {"experiment": row.experiment, "shape": row.shape, "way": row.way, "arguments": " ".join(row.arguments)}
-    found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
-    if found is None:
-        print(text[-3000:], flush=True)
-        return {**named, "failed": text.strip().splitlines()[-1] if text.strip() else "no output"}
-    told = re.search(r"trainable tensors.*: (stored in .*)", text)
-    warned = "slower than in bf16" in text
-    return {**named, **json.loads(found[1]), "told": told[1] if told else "", "warned": warned}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                become_the_job(arguments, self._output, ",".join(devices))
+            self.children.add(child)
+
+    def result(self) -> dict:
+        """What it measured and what the policy said."""
+        text = self._output.read_text()
+        self._folder.cleanup()
+        row = self.row
+        named = {"experiment": row.experiment, "shape": row.shape, "way": row.way, "arguments": " ".join(row.arguments)}
+        found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
+        if found is None:
+            print(text[-3000:], flush=True)
+            return {**named, "failed": text.strip().splitlines()[-1] if text.strip() else "no output"}
+        told = re.search(r"trainable tensors.*: (stored in .*)", text)
+        warned = "slower than in bf16" in text
+        return {**named, **json.loads(found[1]), "told": told[1] if told else "", "warned": warned}
+
+
+def run_all(wanted: list[Row], checkpoint: Path, devices: list[str]) -> Iterator[dict]:
+    """Run rows, one on each GPU at a time, and give each result when it is there.
+
+    No thread waits for them: a process with threads must not fork.
+    """
+    waiting, free, running = list(wanted), list(devices), []
+    while waiting or running:
+        if waiting and len(free) >= waiting[0].ranks:
+            row = waiting.pop(0)
+            its, free = free[: row.ranks], free[row.ranks :]
+            running.append(Job(row, checkpoint, its))
+            continue
+        child, _ = os.wait()
+        for job in list(running):
+            job.children.discard(child)
+            if not job.children:
+                running.remove(job)
+                free += job.devices
+                yield job.result()
 
 
 def become_the_job(arguments: list[str], output: Path, devices: str) -> None:
@@ -186,31 +218,12 @@ def main() -> None:
     wanted = [row for row in every if not given.only or any(word in row.name for word in given.only)]
     for row in wanted:
         row.arguments += given.override
-    devices: queue.Queue[str] = queue.Queue()
-    for device in given.devices.split(","):
-        devices.put(device)
+    devices = given.devices.split(",")
     results: list[dict] = []
-    lock = threading.Lock()
-
-    def measure(row: Row) -> None:
-        if row.ranks > 1:
-            result = run(row, checkpoint, given.devices)
-        else:
-            device = devices.get()
-            try:
-                result = run(row, checkpoint, device)
-            finally:
-                devices.put(device)
-        with lock:
-            results.append(result)
-            print(json.dumps(result), flush=True)
-            write(results, given.out / ("compute-small.csv" if given.small else "compute.csv"))
-
-    with ThreadPoolExecutor(devices.qsize()) as pool:
-        list(pool.map(measure, [row for row in wanted if row.ranks == 1]))
-    for row in wanted:
-        if row.ranks > 1 and devices.qsize() >= row.ranks:
-            measure(row)
+    for result in run_all([row for row in wanted if row.ranks <= len(devices)], checkpoint, devices):
+        results.append(result)
+        print(json.dumps(result), flush=True)
+        write(results, given.out / ("compute-small.csv" if given.small else "compute.csv"))
     if given.small:
         check(results)
 

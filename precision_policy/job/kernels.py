@@ -20,8 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK: Final = 2**10  # elements that one program works on; this and the next number were the fastest on an H100
-_WARPS: Final = 4
+_BLOCK: Final = (
+    2**10
+)  # elements that one program works on: four to a thread, so that all of a warp's reads are of 8 or 16 bytes
+_WARPS: Final = 8
 _ALIGNMENT: Final = 16  # bytes that one thread reads at once
 
 
@@ -76,8 +78,8 @@ def adam(
     gradients: Sequence[torch.Tensor],
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
-    steps: Sequence[torch.Tensor],
     *,
+    count: float,
     lr: float,
     beta1: float,
     beta2: float,
@@ -97,7 +99,7 @@ def adam(
         gradients: bf16.
         exp_avgs: fp32; overwritten.
         exp_avg_sqs: fp32; overwritten.
-        steps: one fp32 element each, on whatever device: how many steps were made before, which is not changed.
+        count: how many steps were made, with this one.
         lr: the learning rate.
         beta1: the decay of ``exp_avgs``.
         beta2: the decay of ``exp_avg_sqs``.
@@ -108,14 +110,22 @@ def adam(
             fp32, which rounds 1 - 1e-7 to 1 - 1.2e-7.
     """
     launch, table = _prepare([values, lows, gradients, exp_avgs, exp_avg_sqs])
-    count = _count(steps, table.device) + 1
-    if fused and _fused_is_in_fp32(table.device):
+    is_in_fp32 = fused and _fused_is_in_fp32(table.device)
+    if is_in_fp32:
         beta1, beta2 = struct.unpack("ff", struct.pack("ff", beta1, beta2))
-    else:
-        count = count.double()  # in fp32, 1 - 0.999 is wrong in the fifth digit
-    corrections = torch.stack([1 - beta1**count, (1 - beta2**count).sqrt()]).float()
+    corrections_dtype = torch.float32 if is_in_fp32 else torch.float64
+    corrections = _corrections(count, beta1, beta2, corrections_dtype, table.device)
     rates = lr, weight_decay, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps
     launch(_adam, table, corrections, *rates, DECAYS=weight_decay != 0, DECOUPLED=decoupled, FUSED=fused)
+    # Made now, while the device is busy, and found in the cache at the next step.
+    _corrections(count + 1, beta1, beta2, corrections_dtype, table.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _corrections(count: float, beta1: float, beta2: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What corrects the bias of both states. It is made as torch makes it: in fp32, 1 - 0.999 is another number."""
+    steps = torch.full((), count, dtype=dtype, device=device)
+    return torch.stack([1 - beta1**steps, (1 - beta2**steps).sqrt()]).float()
 
 
 @functools.cache
@@ -144,16 +154,6 @@ def _fused_is_in_fp32(device: torch.device) -> bool:
     except (AttributeError, RuntimeError, TypeError):  # it is private, and may go
         return False
     return exp_avg_sq.item() != torch.tensor(1 - 0.999).item()
-
-
-def _count(steps: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The numbers of the steps in one tensor on the device, for which nobody waits."""
-    if steps[0].device.type == "cpu" and device.type == "cuda":
-        return torch.tensor([step.item() for step in steps], pin_memory=True).to(device, non_blocking=True)
-    addresses, _ = _table(tuple([step.data_ptr() for step in steps]), 1, device)
-    count = torch.empty(len(steps), device=device)
-    _gather[(triton.cdiv(len(steps), 256),)](addresses, count, len(steps), BLOCK=256)
-    return count
 
 
 def _prepare(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, torch.Tensor]:
@@ -195,15 +195,6 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor,
     first_programs = torch.cumsum(counts, 0) - counts
     blocks = torch.arange(len(tensors)) - first_programs[tensors]
     return torch.stack([tensors, blocks]).to(device, torch.int32), len(tensors)
-
-
-@triton.jit
-def _gather(addresses, out, count, BLOCK: tl.constexpr):
-    """One fp32 number from each of many addresses."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < count
-    pointers = tl.load(addresses + i, mask).to(tl.pointer_type(tl.float32))
-    tl.store(out + i, tl.load(pointers, mask), mask)
 
 
 @triton.jit
@@ -320,8 +311,8 @@ def _adam(
     exp_avg = _pointer(table, 3, tensors, tensor, tl.float32, ALIGNED)
     exp_avg_sq = _pointer(table, 4, tensors, tensor, tl.float32, ALIGNED)
     size = tl.load(table + 5 * tensors + tensor)
-    step_size = tl.div_rn(lr, tl.load(corrections + tensor))
-    correction2_sqrt = tl.load(corrections + tensors + tensor)
+    step_size = tl.div_rn(lr, tl.load(corrections))
+    correction2_sqrt = tl.load(corrections + 1)
     i = block * BLOCK + tl.arange(0, BLOCK)
     if (block + 1) * BLOCK <= size:
         _adam_elements(

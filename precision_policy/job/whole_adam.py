@@ -31,6 +31,8 @@ class _Row:
         exp_avg: the first moment.
         exp_avg_sq: the second moment.
         step: how many steps were made, as torch counts them.
+        count: the same as a number, for which no device need be asked.
+        version: of ``step``, when it was that number: torch counts what is done to a tensor.
         found: the entries of its state when the row was made. Where they are the same ones, the row holds still.
         grad: this rank's part of the gradient, for the time of the step.
     """
@@ -41,6 +43,8 @@ class _Row:
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: torch.Tensor
+    count: float = 0.0
+    version: int = -1
     found: tuple[Any, ...] = ()
     grad: torch.Tensor | None = None
 
@@ -78,7 +82,7 @@ class WholeAdam:
     def step(self, optimizer: Optimizer, members: Sequence[Member]) -> list[Member]:
         """Step the members, and give back those that must be stepped in another way."""
         others = []
-        waiting: dict[tuple[int, torch.device], list[_Row]] = {}
+        waiting: dict[tuple[int, torch.device, float], list[_Row]] = {}
         elements = launched = 0
         for member in members:
             grad = grad_of(member) if member.is_shard else member.param.grad
@@ -89,7 +93,9 @@ class WholeAdam:
             if grad.stride() != member.stride:
                 grad = member.lay(grad, torch.bfloat16)
             row.grad = grad
-            waiting.setdefault((member.group, member.device), []).append(row)
+            if row.step._version != row.version:
+                row.count = float(row.step.item())
+            waiting.setdefault((member.group, member.device, row.count), []).append(row)
             elements += member.size
             # The device shall begin soon, and be busy while the next launch is made ready: each is as large as all before it.
             if elements >= max(_ENOUGH_FOR_A_LAUNCH, launched):
@@ -99,19 +105,23 @@ class WholeAdam:
         self._launch_all(optimizer, waiting)
         return others
 
-    def _launch_all(self, optimizer: Optimizer, waiting: dict[tuple[int, torch.device], list[_Row]]) -> None:
+    def _launch_all(self, optimizer: Optimizer, waiting: dict[tuple[int, torch.device, float], list[_Row]]) -> None:
         while waiting:
-            (number, device), rows = waiting.popitem()
-            self._launch(optimizer, optimizer.param_groups[number], device, rows)
+            (number, device, count), rows = waiting.popitem()
+            self._launch(optimizer, optimizer.param_groups[number], device, count + 1, rows)
 
     def _launch(
         self,
         optimizer: Optimizer,
         group: dict[str, Any],
         device: torch.device,
+        count: float,
         rows: Sequence[_Row],
     ) -> None:
-        """Step parameters of one group and one device. Only what cannot fail comes after the kernel was started."""
+        """Make a step, ``count`` in number, of parameters of one group and one device.
+
+        Only what cannot fail comes after the kernel was started.
+        """
         beta1, beta2 = group["betas"]
         values = [row.value for row in rows]
         steps = [row.step for row in rows]
@@ -121,7 +131,7 @@ class WholeAdam:
             [row.grad for row in rows],
             [row.exp_avg for row in rows],
             [row.exp_avg_sq for row in rows],
-            steps,
+            count=count,
             lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),
@@ -133,6 +143,7 @@ class WholeAdam:
         torch._foreach_add_(steps, 1)
         note_writes(values)
         for row in rows:
+            row.count, row.version = count, row.step._version
             row.grad = None
             if row.member.row is not row:
                 self._keep(optimizer, row.member, row)

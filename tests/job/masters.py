@@ -91,7 +91,7 @@ def give_gradients(params, copies, seed):
     """Gradients in other strides than the parameters'; in the copies' own, since torch's fused step takes no others in truth."""
     generator = torch.Generator().manual_seed(seed)
     for param, copied in zip(params, copies, strict=True):
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = torch.randn(param.shape, generator=generator).to(param)
         copied.grad = torch.empty_like(copied).copy_(param.grad)
 
 

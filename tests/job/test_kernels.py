@@ -20,9 +20,9 @@ HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 
 
 @pytest.mark.process
 @pytest.mark.skipif(IN_INTERPRETER, reason="it starts this file in the interpreter")
-def test_all_of_this_file_in_the_interpreter():
-    """Triton reads its switch when it is imported, so the tests below run in another process."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).name]
+def test_in_the_interpreter():
+    """Triton reads its switch when it is imported, so the tests below and those of the step run in another process."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).name, "test_whole_adam.py"]
     finished = subprocess.run(
         command,
         cwd=Path(__file__).parent,
@@ -116,7 +116,7 @@ def test_a_step_is_torchs(kernels, decoupled, offset, implementation):
     copies = [torch.nn.Parameter(value.float()) for value in values]
     rates = {key: HYPER[key] for key in ("lr", "eps", "weight_decay")}
     optimizer = kind(copies, betas=(HYPER["beta1"], HYPER["beta2"]), **rates, **implementation)
-    for before_it in (0.0, 1.0, 2.0):
+    for count in (1, 2, 3):
         gradients = [torch.randn_like(value) for value in values]
         for copy, gradient in zip(copies, gradients, strict=True):
             copy.grad = gradient.float()
@@ -130,10 +130,8 @@ def test_a_step_is_torchs(kernels, decoupled, offset, implementation):
         kernels.split([copy.detach() for copy in copies], values, lows)
         before = [copy.detach().clone() for copy in copies]
         optimizer.step()
-        steps = [torch.tensor(before_it, device=DEVICE) for _ in values]
-        kernels.adam(
-            values, lows, gradients, exp_avgs, exp_avg_sqs, steps, **HYPER, decoupled=decoupled, fused="fused" in implementation
-        )
+        is_fused = "fused" in implementation
+        kernels.adam(values, lows, gradients, exp_avgs, exp_avg_sqs, count=count, **HYPER, decoupled=decoupled, fused=is_fused)
         weights = [torch.empty_like(copy) for copy in copies]
         kernels.join(values, lows, weights)
         for weight, copy, old in zip(weights, copies, before, strict=True):
@@ -144,38 +142,15 @@ def test_a_step_is_torchs(kernels, decoupled, offset, implementation):
 
 
 @runs_here
-def test_steps_of_different_numbers(kernels):
-    """Each tensor's bias is corrected by the number of its own step."""
-    values = [torch.ones(4, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
-    lows = [torch.zeros_like(value) for value in values]
-    states = [[torch.full((4,), 0.1, device=DEVICE) for _ in values] for _ in range(2)]
-    gradients = [torch.ones_like(value) for value in values]
-    steps = [torch.tensor(0.0, device=DEVICE), torch.tensor(999.0, device=DEVICE)]
-    kernels.adam(values, lows, gradients, *states, steps, **HYPER, decoupled=True, fused=True)
-    weights = [torch.empty(4, device=DEVICE) for _ in values]
-    kernels.join(values, lows, weights)
-    m, v = 0.9 * 0.1 + 0.1, 0.999 * 0.1 + 0.001
-    for weight, number in zip(weights, (1, 1000), strict=True):
-        update = (m / (1 - 0.9**number)) / ((v / (1 - 0.999**number)) ** 0.5 + 1e-8)
-        torch.testing.assert_close(weight, torch.full_like(weight, 1 - 1e-4 - 1e-3 * update))
-
-
-@runs_here
-def test_steps_that_are_counted_on_the_cpu(kernels):
-    """The numbers of the steps may lie on another device than the weights."""
-    value, low = torch.ones(3, dtype=torch.bfloat16, device=DEVICE), torch.zeros(3, dtype=torch.bfloat16, device=DEVICE)
-    states = [torch.zeros(3, device=DEVICE) for _ in range(2)]
-    kernels.adam(
-        [value],
-        [low],
-        [torch.ones_like(value)],
-        [states[0]],
-        [states[1]],
-        [torch.tensor(0.0)],
-        **HYPER,
-        decoupled=True,
-        fused=True,
-    )
-    weight = torch.empty(3, device=DEVICE)
+@pytest.mark.parametrize("count", [1, 1000])
+def test_the_number_of_a_step(kernels, count):
+    """The bias of the states is corrected by it."""
+    value, low = torch.ones(4, dtype=torch.bfloat16, device=DEVICE), torch.zeros(4, dtype=torch.bfloat16, device=DEVICE)
+    exp_avg, exp_avg_sq = torch.full((4,), 0.1, device=DEVICE), torch.full((4,), 0.1, device=DEVICE)
+    columns = [[value], [low], [torch.ones_like(value)], [exp_avg], [exp_avg_sq]]
+    kernels.adam(*columns, count=count, **HYPER, decoupled=True, fused=True)
+    weight = torch.empty(4, device=DEVICE)
     kernels.join([value], [low], [weight])
-    torch.testing.assert_close(weight, torch.full_like(weight, 1 - 1e-4 - 1e-3))
+    m, v = 0.9 * 0.1 + 0.1, 0.999 * 0.1 + 0.001
+    update = (m / (1 - 0.9**count)) / ((v / (1 - 0.999**count)) ** 0.5 + 1e-8)
+    torch.testing.assert_close(weight, torch.full_like(weight, 1 - 1e-4 - 1e-3 * update))
