@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from precision_policy.job.plan import Plan
-from precision_policy.job.watch import Watch
+from omegaconf import OmegaConf
 
-from precision_policy.job.monitor import Monitor
+from precision_policy.job.arming import arm
 from precision_policy.precision_warnings import _WARNED_CONTEXTS, warn_if_torch_adam_with_bf16_params
+from precision_policy.record import Record
 
 CONFIG = """
 model: {_target_: transformers.AutoModelForCausalLM.from_pretrained, torch_dtype: auto}
@@ -68,22 +68,28 @@ def composition() -> None:
                 ratio(f"composition with precision_policy={option}, to an empty group", empty, on)
 
 
+def record_of(*settings: str) -> Record:
+    """The record of a job over the configuration above, with these settings on its command line."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "config.yaml").write_text(CONFIG)
+        with initialize_config_dir(version_base="1.3", config_dir=name):
+            composed = compose("config", list(settings), return_hydra_config=True)
+    return Record.read(OmegaConf.to_container(composed.hydra.precision_policy))
+
+
 def construction() -> None:
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(10_000)]
     make = lambda: torch.optim.AdamW(params, lr=1e-5)
-    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32", confirms=True))
-
-    @contextlib.contextmanager
-    def armed():
-        watch.arm()
-        yield
-        watch.disarm()
+    everything = "+precision_policy=[mixed,strict]", "precision_policy.monitor.every=100"
 
     def by_hand():
         _WARNED_CONTEXTS.clear()
         warn_if_torch_adam_with_bf16_params(make())
 
-    ratio("constructing AdamW over 10,000 parameters, armed", make, functools.partial(make), inner=3, setting=armed)
+    for told, settings in (("on", ["+precision_policy=on"]), ("all listeners", everything)):
+        armed = functools.partial(arm, record_of(*settings), "precision_policy=on")
+        name = f"constructing AdamW over 10,000 parameters, armed by {told}"
+        ratio(name, make, functools.partial(make), inner=3, setting=armed)
     ratio("the same with the check called by hand", make, by_hand)
 
 
@@ -95,28 +101,28 @@ def steps() -> None:
         return torch.optim.AdamW(params, lr=1e-5)
 
     plain = optimizer()
-    watch = Watch(Plan("precision_policy=on", fix="model.torch_dtype=float32", confirms=True))
-    watch.arm()
-    watched = optimizer()
-    watched.step()  # the look before the first step, which removes itself
-    ratio("step, armed, monitor off", plain.step, watched.step, inner=20)
-    hooks = len(watched._optimizer_step_pre_hooks) + len(watched._optimizer_step_post_hooks)
-    print(f"{'hooks left on the optimizer after its first step':<64}{hooks:>8}")
-    watch.disarm()
-    monitored = optimizer()
-    monitor = Monitor(100)
+    plain.step()
+    for told, settings in (
+        ("on", ["+precision_policy=on"]),
+        ("monitor.every=100", ["+precision_policy=on", "precision_policy.monitor.every=100"]),
+        ("master_weights, over fp32 weights", ["+precision_policy=master_weights"]),
+    ):
+        with arm(record_of(*settings), "precision_policy=on"):
+            watched = optimizer()
+            watched.step()  # what is said of the first step
+        # Armed for the time of each of its measurements alone, since what is armed is heard by all optimizers.
+        armed = functools.partial(arm, record_of(*settings), "precision_policy=on")
+        ratio(f"100 steps, armed by {told}", of_100(plain), of_100(watched), repeats=51, setting=armed)
 
-    def with_monitor():
-        monitor.start()
+
+def of_100(optimizer):
+    """A hundred steps."""
+
+    def work():
         for _ in range(100):
-            monitored.step()
-        monitor.stop()
+            optimizer.step()
 
-    def without():
-        for _ in range(100):
-            plain.step()
-
-    ratio("step, monitor.every=100", without, with_monitor, repeats=51)
+    return work
 
 
 def supplied_autocast() -> None:
