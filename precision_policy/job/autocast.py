@@ -213,7 +213,7 @@ class Autocast:
         if not self._undo:
             self._undo.append(wrap(nn.Module, "compile", _compile))
             self._undo.append(wrap(nn.Module, "_replicate_for_data_parallel", _replicate))
-            self._undo.append(wrap(torch.jit._trace, "_check_trace", _check_trace))  # type: ignore[arg-type]  # a module, whose functions are wrapped as well
+            self._undo.append(wrap(torch.jit._trace, "_check_trace", _check_trace))
         if supplies:
             self._make_visible(type(module))
         return call

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ class Events:
         self._undo = contextlib.ExitStack()
         self._classes: set[type] = set()
         self._inner: set[Any] = set()
+        # Optimizers may be made by several threads.
+        self._lock = threading.RLock()
         # A wrapper that somebody has wrapped in turn stays where it is after the end, and must then do nothing.
         self.on = False
 
@@ -119,11 +122,12 @@ class Events:
         """
         if not self._around_step:
             return
-        for base in kind.__mro__:
-            if base not in self._classes:
-                self._classes.add(base)
-                if _updates_parameters(base):
-                    self._go_around(base)
+        with self._lock:
+            for base in kind.__mro__:
+                if base not in self._classes:
+                    self._classes.add(base)
+                    if _updates_parameters(base):
+                        self._go_around(base)
 
     def reaches(self, optimizer: Optimizer) -> bool:
         """Whether a call of ``optimizer.step`` comes here: not where somebody took torch's step before its class was served."""

@@ -55,3 +55,14 @@ def test_process_starts_as_before():
     process.join()
     assert process.exitcode == 0
     assert not hasattr(process, "_precision_policy")
+
+
+@pytest.mark.once
+def test_a_process_that_cannot_be_armed_goes_on(caplog):
+    """A diagnosis that fails ends no process of the application's."""
+
+    def fails(*arguments):
+        raise KeyError("of another torch")
+
+    assert spawned.arm_here(fails, record(), "precision_policy=on", frozenset()) is None
+    assert "precision_policy=on: a process that the job has started is not watched" in caplog.text
