@@ -245,12 +245,15 @@ def test_some_other_hydra_yaml(application, content):
 
 
 @pytest.mark.skipif("execution_whitelist" in inspect.signature(hydra.main).parameters, reason="Hydra 1.4 composes anew")
-def test_an_experimental_rerun_is_not_ours(application):
-    """Hydra 1.3 unpickles a config there and calls the task function: no composition, no callbacks."""
+@pytest.mark.parametrize(("chosen", "status"), [([], 0), (["model.torch_dtype=bfloat16"], 1)], ids=["ran", "was stopped"])
+def test_an_experimental_rerun_is_not_ours(application, chosen, status):
+    """Hydra 1.3 unpickles a config there and calls the task function: no composition, no callbacks, no ``strict``."""
     train = application("bf16_weight")
-    train("+precision_policy=strict", "+hydra.callbacks.save._target_=hydra.experimental.callbacks.PickleJobInfoCallback")
+    pickling = "+hydra.callbacks.save._target_=hydra.experimental.callbacks.PickleJobInfoCallback"
+    first = train("+precision_policy=strict", pickling, *chosen, status=status)
+    assert ("no fp32 master copy" in first.err) == bool(chosen)
     run = train("--experimental-rerun", str(train.folder / "out/.hydra/config.pickle"))
-    assert run.config["model"] == {"torch_dtype": "float32"}
+    assert run.config["model"] == {"torch_dtype": "bfloat16" if chosen else "float32"}
     assert not run.log
 
 
