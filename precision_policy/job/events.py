@@ -150,7 +150,6 @@ class Events:
         present = base.__dict__["step"]
         raw = _inside_hooks(present)
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
         @functools.wraps(raw)
         def inner(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if not self.on:
@@ -184,6 +183,8 @@ class Events:
             self.serve(type(optimizer))
         patch(optimizer)
 
+    # What is disabled is not the wrapper: torch 2.4 takes a bound method around it for the function inside, and loses `self`.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
     def _step(self, raw: Callable[..., Any], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = raw
         for around in reversed(self._around_step):
