@@ -22,9 +22,9 @@ APPS = ROOT / "tests/apps"
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-# The application that most tests start.
-TRAIN = (APPS / "bf16_weight/app.py").read_text()
-CONFIG = (APPS / "bf16_weight/conf/config.yaml").read_text()
+# The lines that most composed configs have.
+AUTO = "model: {torch_dtype: auto}\n"
+ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
 
 # Making the first optimizer imports torch._dynamo, which takes as long as torch does.
 IMPORTS = ["torch", "torch._dynamo", "hydra"]
@@ -48,7 +48,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not _RANKS.mat
 def pytest_collection_modifyitems(items):
     """Mark the tests that start an application: mutation testing does without them."""
     for item in items:
-        if {"app", "application"} & set(getattr(item, "fixturenames", ())):
+        if "application" in getattr(item, "fixturenames", ()):
             item.add_marker("process")
 
 
@@ -228,19 +228,6 @@ def application(tmp_path, job_starter, heavy_starter):
         copy = tmp_path / (folder or name)
         shutil.copytree(APPS / name, copy)
         return App(copy, heavy_starter if heavy else job_starter, program)
-
-    return make
-
-
-@pytest.fixture
-def app(tmp_path, job_starter):
-    """Make an application of a config and code: by default ``tests/apps/bf16_weight``."""
-
-    def make(config: str = CONFIG, code: str = TRAIN, folder: str = "app") -> App:
-        made = App(tmp_path / folder, job_starter)
-        made.write("conf/config.yaml", config)
-        made.write("app.py", code)
-        return made
 
     return make
 

@@ -4,7 +4,6 @@ import re
 import sys
 
 import pytest
-from conftest import CONFIG
 
 pytestmark = pytest.mark.once
 MIXED = "+precision_policy=mixed"
@@ -64,23 +63,11 @@ def test_fresh_optimizers(plain_training):
 
 
 @pytest.mark.parametrize("extra", [["model.dtype=bfloat16"], ["+lora={r: 8}"], ["+model.load_in_4bit=true"]])
-def test_nothing_is_supplied_to_16_bits_or_peft(app, extra):
+def test_nothing_is_supplied_to_16_bits_or_peft(application, extra):
     """The code makes an fp32 model all the same."""
-    run = app(CONFIG.replace("torch_dtype", "dtype"), FP32)(MIXED, *extra)
+    run = application("fp32_all_the_same")(MIXED, *extra)
     assert "ROUNDED False" in run.out
     assert "computed in" not in run.log
-
-
-FP32 = """
-import hydra, torch
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg):
-    model = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    output = model(torch.randn(2, 64))
-    print("ROUNDED", torch.equal(output, output.bfloat16().float()))
-main()
-"""
 
 
 def test_several_steps_in_one_call(application):
@@ -163,10 +150,3 @@ def test_swept(fine_tuning):
         if "stored in fp32, updated in fp32, " in line
     ]
     assert lines == ["called under no autocast or mixed precision", "computed in bf16 by autocast that the policy supplies"]
-
-
-@pytest.mark.parametrize("value", ["float16", "fp16", "torch.float16", "half"])
-def test_fp16_is_refused(app, value):
-    run = app()("+precision_policy=on", f"precision_policy.compute_dtype={value}", status=1)
-    assert "needs loss scaling, which only the application can do" in run.err
-    assert "Traceback" not in run.err

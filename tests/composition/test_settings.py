@@ -8,6 +8,8 @@ from precision_policy.composition.settings import TABLE, SettingError, parse
 
 CONFIG = "model: {torch_dtype: auto}\noptimizer: {_target_: torch.optim.AdamW, lr: 1}\n"
 
+LOSS_SCALING = "needs loss scaling, which only the application can do"
+
 # A setting in the command line's words, and what its error names beside key and value.
 WRONG = [
     ("modell=x", ["precision_policy.model?", "Its settings are"]),
@@ -22,8 +24,7 @@ WRONG = [
     ("dtype_key=3", ["key's name"]),
     ("storage_dtype=bfloat16", ["float32"]),
     ("storage_dtype=true", ["float32"]),
-    ("compute_dtype=fp16", ["loss scaling"]),
-    ("compute_dtype=16", ["loss scaling"]),
+    *[(f"compute_dtype={fp16}", [LOSS_SCALING]) for fp16 in ("float16", "fp16", "torch.float16", "half", "16")],
     ("compute_dtype=fp8", ["bfloat16"]),
     ("bf16_adam=shout", ["warn, error"]),
     ("sample=0", ["number"]),

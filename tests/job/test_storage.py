@@ -465,32 +465,31 @@ def test_without_gradients_nothing_is_refused(arm, said, masters):
 # In a job.
 
 
-def test_job_that_insists_on_bf16(app):
+def test_job_that_insists_on_bf16(application):
     """The override that fixes it is spelled for this application, with a + where Hydra wants one, on a line of its own."""
-    from conftest import CONFIG
-
-    run = app()("+precision_policy=on", "model.torch_dtype=bfloat16")
+    train = application("bf16_weight")
+    run = train("+precision_policy=on", "model.torch_dtype=bfloat16")
     assert "\n    model.torch_dtype=float32\n" in run.out
     assert run.out.count("[precision_policy][WARNING]") == 1
-    run = app(CONFIG.replace("torch_dtype: auto", "name: x"), folder="plus")(
-        "+precision_policy=on", "+model.torch_dtype=bfloat16"
-    )
+    run = train("--config-name", "no_dtype_key", "+precision_policy=on", "+model.torch_dtype=bfloat16")
     assert "\n    +model.torch_dtype=float32\n" in run.out
 
 
-def test_strict_stops_the_job(app):
+def test_strict_stops_the_job(application):
     """Exit status 1, with the numbers."""
-    run = app()("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1)
+    train = application("bf16_weight")
+    run = train("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1)
     assert "Bf16AdamError: precision_policy=strict: torch.optim.AdamW over bf16 weights" in run.err
     assert run.err.count("weights that an update cannot move") == 0
     assert run.out.count("weights that an update cannot move") == 1
     assert "\n    model.torch_dtype=float32\n" in run.err
-    assert app(folder="fine")("+precision_policy=strict").config["model"] == {"torch_dtype": "float32"}
+    assert train("+precision_policy=strict").config["model"] == {"torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize("arguments", [["+peft=true"], ["precision_policy.bf16_adam=ignore"]])
-def test_silent_jobs(app, arguments):
-    assert "WARNING" not in app()("+precision_policy=on", "model.torch_dtype=bfloat16", *arguments).log
+def test_silent_jobs(application, arguments):
+    run = application("bf16_weight")("+precision_policy=on", "model.torch_dtype=bfloat16", *arguments)
+    assert "WARNING" not in run.log
 
 
 def test_a_job_of_two_optimizers(application):
