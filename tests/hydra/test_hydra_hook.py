@@ -6,6 +6,7 @@ import sys
 import hydra
 import pytest
 import yaml
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -157,42 +158,37 @@ def test_nothing_is_silently_off(application, arguments, words):
 
 
 @pytest.mark.parametrize("value", ["on", "'on'", "warn", "strict", "master_weights"])
-def test_a_plain_key_instead_of_the_option(application, value):
+def test_a_plain_key_instead_of_the_option(compose, value):
     """``precision_policy: on`` outside the defaults list would do nothing."""
-    train = application("idle")
-    train.write("conf/config.yaml", f"precision_policy: {value}\n")
-    run = train(status=1)
+    with pytest.raises(ConfigCompositionException, match='precision_policy: "on"'):
+        compose(f"precision_policy: {value}\n")
+
+
+def test_a_job_with_a_plain_key_instead_of_the_option(application):
+    run = application("idle")("--config-name", "plain_key", status=1)
     assert 'precision_policy: "on"' in run.err
     assert "Traceback" not in run.err
 
 
 def test_an_unquoted_on_in_a_defaults_list(application):
     """Hydra itself refuses it; nothing runs without the policy."""
-    train = application("idle")
-    train.write("conf/config.yaml", "defaults:\n  - precision_policy: on\n  - _self_\n")
-    run = train(status=1)
-    assert "In config: - precision_policy: true is no option of the policy" in run.err
+    run = application("idle")("--config-name", "unquoted", status=1)
+    assert "In unquoted: - precision_policy: true is no option of the policy" in run.err
     assert 'precision_policy: "on", quoted' in run.err
     assert "Traceback" not in run.err
 
 
 def test_a_record_of_an_earlier_version_in_a_config(application):
     """It stood in the job's own config, and is read no more."""
-    train = application("idle")
-    train.write("conf/config.yaml", f"{LINES}precision_policy: {{enabled: true, decision: {{rule: set}}}}\n")
-    assert "Take precision_policy out of this config" in train(status=1).err
+    run = application("idle")("--config-name", "earlier_record", status=1)
+    assert "Take precision_policy out of this config" in run.err
 
 
 def test_settings_beside_a_swept_option(application):
     """On the command line and in ``hydra.sweeper.params``, for every job of the sweep."""
     train = application("idle")
-    train.write("conf/config.yaml", "net: {torch_dtype: auto}\noptimizer: {_target_: torch.optim.AdamW}\n")
-    train.write(
-        "conf/hydra/sweeper/ours.yaml",
-        "defaults: [basic]\nparams: {+precision_policy: 'on,off', precision_policy.model: net}\n",
-    )
     for arguments in ["+precision_policy=on,off", "precision_policy.model=net"], ["hydra/sweeper=ours"]:
-        configs = train("--multirun", *arguments).configs
+        configs = train("--config-name", "net", "--multirun", *arguments).configs
         assert [config["net"]["torch_dtype"] for config in configs] == ["float32", "auto"]
     assert "precision_policy" not in OmegaConf.load(train.folder / "sweep/multirun.yaml")
 
@@ -256,19 +252,14 @@ def test_an_experimental_rerun_is_not_ours(application):
 
 def test_an_option_of_the_applications_own(application):
     """It may extend ours."""
-    train = application("bf16_weight")
-    option = '# @package _global_\ndefaults:\n  - "on"\nprecision_policy:\n  bf16_adam: ignore\n'
-    train.write("conf/precision_policy/quiet.yaml", option)
-    run = train("+precision_policy=quiet", "model.torch_dtype=bfloat16")
+    run = application("own_options")("+precision_policy=quiet", "model.torch_dtype=bfloat16")
     assert run.record["bf16_adam"] == "ignore"
     assert "WARNING" not in run.log
 
 
 def test_a_group_of_the_applications_own(application):
     """One of the same name and another meaning is merged as ever."""
-    train = application("idle")
-    train.write("conf/precision_policy/half.yaml", "param_dtype: bf16\n")
-    assert train("+precision_policy=half").config["precision_policy"] == {"param_dtype": "bf16"}
+    assert application("own_options")("+precision_policy=half").config["precision_policy"] == {"param_dtype": "bf16"}
 
 
 def test_several_options(record):
