@@ -22,6 +22,9 @@ APPS = ROOT / "tests/apps"
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+OPTIONS = ("on", "mixed", "master_weights", "warn", "strict", "off")
+WRITING = ("on", "mixed", "strict")  # those of them that set fp32 storage
+
 # The lines that most composed configs have.
 AUTO = "model: {torch_dtype: auto}\n"
 ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
@@ -150,6 +153,13 @@ class App:
         if status is not None and set(statuses) != {status}:
             raise AssertionError(f"{self.program} {' '.join(words)} exited {statuses}\n{out}\n{err}")
         return Run(statuses, out, err)
+
+    def refuses(self, *arguments: str) -> str:
+        """What it says of a command line for which no job starts: exit status 1, and no traceback."""
+        run = self(*arguments, status=1)
+        assert "Traceback" not in run.err
+        assert "CONFIG" not in run.out
+        return run.err
 
     def record(self, output: str = "out") -> dict:
         """What the policy has recorded about a finished job, by the folder of its output."""

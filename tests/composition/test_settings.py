@@ -1,8 +1,7 @@
 """What a setting may hold, and what is said where it holds something else."""
 
-from pathlib import Path
-
 import pytest
+from conftest import ROOT
 
 from precision_policy.composition.settings import TABLE, SettingError, parse
 
@@ -94,6 +93,6 @@ def test_a_setting_that_leads_nowhere(compose):
 
 def test_the_page_of_settings_has_every_setting():
     """Its table is made of the settings' own words."""
-    page = (Path(__file__).parent.parent.parent / "docs/settings.md").read_text()
+    page = (ROOT / "docs/settings.md").read_text()
     for setting in TABLE:
         assert f"| `{setting.name}` | {setting.metadata['shown']} | {setting.metadata['meaning']} |" in page

@@ -91,10 +91,6 @@ def test_every_rule_logs_a_line(application, rule, arguments):
     assert line.startswith(f"INFO precision_policy=on: nothing set ({rule}): ")
 
 
-def test_a_job_without_the_option_is_silent(application):
-    assert application("idle")().log == ""
-
-
 def test_pairs_are_said_one_by_one(application):
     """One log line each, and a warning whose fix names their keys."""
     pairs = "precision_policy.pairs={a:{model:a},b:{model:b}}"

@@ -175,4 +175,5 @@ def test_in_a_job(application):
 def test_where_the_warning_is_silenced(application, arguments):
     words = ["+precision_policy=on", "model.torch_dtype=bfloat16", "precision_policy.monitor.every=1"]
     run = application("bf16_weight")(*words, *arguments)
+    assert "WARNING" not in run.log
     assert "step 1: 100.0% of a sample of 64 weights left unchanged" in run.log
