@@ -18,10 +18,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from precision_policy.estimate import parameters
-from precision_policy.job.owners import is_exporting
+from precision_policy.job.owners import is_exporting, note_old_exports
 from precision_policy.job.wrapping import wrap
 
 _SLOT: Final = "_compiled_call_impl"
+
+# torch.compile traces the call of a weak reference: 2.13 does, 2.4 raises an error.
+_TRACES_WEAKREFS: Final = hasattr(torch._dynamo.variables, "WeakRefVariable")
 
 # Around torch.jit.trace's own check, which compares what was traced with another call of the module.
 _CHECKS = threading.local()
@@ -46,7 +49,10 @@ class Call:
     def __init__(
         self, module: nn.Module, inner: Callable[..., Any] | None, device_type: str, supplies: bool, notes: bool
     ) -> None:
-        self._module = weakref.ref(module)  # not the module itself: a cycle would keep its memory until it is collected
+        # Not the module itself: a cycle would keep its memory until it is collected.
+        self._module: Callable[[], nn.Module | None] = (
+            weakref.ref(module) if _TRACES_WEAKREFS else functools.partial(_same, module)
+        )
         self.inner = inner
         self.supplies = supplies
         self.notes = notes
@@ -105,6 +111,10 @@ class Call:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 class _Forward:
@@ -253,6 +263,7 @@ class Autocast:
             self._undo.append(wrap(nn.Module, "compile", _compile))
             self._undo.append(wrap(nn.Module, "_replicate_for_data_parallel", _replicate))
             self._undo.append(wrap(torch.jit._trace, "_check_trace", _check_trace))
+            self._undo.append(note_old_exports())
         if supplies:
             self._make_visible(type(module))
         return call

@@ -19,10 +19,13 @@ from torch._dynamo.variables import functions
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
+from precision_policy.job.wrapping import wrap
+
 Found = Callable[[nn.Module, Sequence[torch.Tensor], bool], None]
 
-# torch before 2.7 does not tell its export from other compilation; then what is not traced by torch.compile is one.
+# torch before 2.7 does not tell its export from other compilation: then it is what was noted, or not traced by torch.compile.
 _is_in_export: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
+_is_in_old_export = False
 
 
 def _takes_modules_as_constants() -> bool:
@@ -45,7 +48,33 @@ def is_exporting() -> bool:
         return True
     if _is_in_export is not None:
         return _is_in_export()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return _is_in_old_export or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
+
+
+def note_old_exports() -> Callable[[], None]:
+    """Let :func:`is_exporting` know of the exports that torch traces by itself, where torch does not tell them.
+
+    Returns:
+        What undoes it.
+    """
+    if _is_in_export is not None:
+        return lambda: None
+    return wrap(torch._dynamo, "export", _note_old_export)
+
+
+def _note_old_export(export: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In the place of torch's, which returns what then traces."""
+    trace = export(*args, **kwargs)
+
+    def traced(*inputs: Any, **named: Any) -> Any:
+        global _is_in_old_export  # noqa: PLW0603 - read while torch traces, when it must be a plain value
+        _is_in_old_export = True
+        try:
+            return trace(*inputs, **named)
+        finally:
+            _is_in_old_export = False
+
+    return traced if callable(trace) else trace
 
 
 @functools.wraps(nn.Module.__call__)

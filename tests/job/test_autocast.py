@@ -231,6 +231,7 @@ def test_keywords_reach_the_model(supply):
         assert output[0].dtype is (torch.bfloat16 if own else torch.float32)
 
 
+@pytest.mark.newest
 def test_the_memory_of_a_model_is_freed_at_once(supply):
     model = supply(network())
     model(batch())
@@ -442,6 +443,7 @@ class TestCompiled:
         assert model.__dict__[SLOT] is compiled
 
     @pytest.mark.parametrize("way", ["torch.compile(model)", "model.compile()", "function"])
+    @pytest.mark.newest
     def test_it_is_one_graph(self, supply, way):
         """The call under autocast breaks none: outside of it, inside torch.compile's wrapper, and where a function is traced."""
         torch._dynamo.reset()
@@ -468,6 +470,7 @@ class TestCompiled:
         supply.stop()
         assert not torch.equal(outputs[0], model(torch.ones(2, 64)))
 
+    @pytest.mark.newest
     def test_a_function_that_is_compiled_later_calls_it_under_autocast(self, supply):
         """torch.compile would trace ``forward`` at once, and pass by what is in the slot."""
         torch._dynamo.reset()
@@ -491,6 +494,7 @@ class TestExported:
     """A program that outlives the job is the one that it would be without the policy."""
 
     @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.newest
     def test_export(self, supply, strict):
         class Holder(nn.Module):
             def __init__(self):
@@ -632,6 +636,7 @@ class TestOutputs:
     def test_a_defaultdict_keeps_its_factory(self):
         assert in_fp32(collections.defaultdict(list, x=LOW))["other"] == []
 
+    @pytest.mark.newest
     def test_outputs_of_transformers(self):
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -657,6 +662,7 @@ class TestOutputs:
         assert post.made == 1
         assert post.y is LOW
 
+    @pytest.mark.newest
     def test_a_cache_that_a_model_fills_stays_the_same_object(self):
         """Whoever generates gives it in and keeps it."""
         from transformers import DynamicCache
@@ -684,6 +690,7 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.newest
 class TestOwnPrecision:
     """The mixed precision that models bring along, by the real libraries."""
 

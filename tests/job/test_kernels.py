@@ -20,6 +20,7 @@ HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 
 
 @pytest.mark.process
 @pytest.mark.skipif(IN_INTERPRETER, reason="it starts this file in the interpreter")
+@pytest.mark.newest
 def test_in_the_interpreter():
     """Triton reads its switch when it is imported, so the tests below and those of the step run in another process."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", Path(__file__).name, "test_whole_adam.py"]

@@ -89,7 +89,8 @@ class WithAnchor(torch.optim.AdamW):
 
 
 ATOMIC = {
-    **{name: OPTIMIZERS[name] for name in ("AdamW", "AdamW fused", "SGD", "SGD with momentum", "NAdam", "Adafactor")},
+    **{name: OPTIMIZERS[name] for name in ("AdamW", "AdamW fused", "SGD", "SGD with momentum", "NAdam")},
+    **{name: make for name, make in OPTIMIZERS.items() if name == "Adafactor"},  # torch 2.5 and later have it
     "a class of the application's own": lambda params: WithAnchor(params, lr=1e-2),
 }
 

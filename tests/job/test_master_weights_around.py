@@ -547,6 +547,7 @@ def test_a_compiled_model_and_a_compiled_step(serving):
     assert serving.kept(optimizer).tensors == 4
 
 
+@pytest.mark.newest
 def test_adafactor_of_transformers_is_served_by_name(serving):
     from transformers.optimization import Adafactor
 

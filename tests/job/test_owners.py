@@ -184,6 +184,7 @@ def test_functional_call_first(params):
 
 
 @pytest.mark.parametrize("as_argument", [False, True])
+@pytest.mark.newest
 def test_a_compiled_function_that_calls_the_model(as_argument):
     """The owner is found while the function is traced. That breaks no graph, and the function is not compiled anew after it."""
     torch._dynamo.reset()
@@ -211,6 +212,7 @@ def test_a_compiled_function_that_calls_the_model(as_argument):
 
 
 @pytest.mark.parametrize("way", ["export", "strict export", "trace"])
+@pytest.mark.newest
 def test_an_exported_program_is_no_call_of_the_jobs(way):
     model = Holder(network())
     with looking(adamw(model)) as (seen, _):
