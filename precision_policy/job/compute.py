@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from precision_policy.job import autocast, compute_words
+from precision_policy.job import autocast, words
 from precision_policy.job.events import Listener
 from precision_policy.job.gradients import FirstGradients
 from precision_policy.job.owners import Owners
@@ -58,10 +58,10 @@ class _Owner:
             return [self.precision.name]
         names = []
         if self.saw_autocast or (self.call is not None and self.call.saw_autocast):
-            names.append(compute_words.APPLICATIONS)
+            names.append(words.APPLICATIONS)
         if self.call is not None and self.call.has_supplied:
-            names.append(compute_words.POLICYS)
-        return names or [compute_words.LEFT_ALONE if self.left_alone else compute_words.NOBODY]
+            names.append(words.POLICYS)
+        return names or [words.LEFT_ALONE if self.left_alone else words.NOBODY]
 
 
 class Compute(Listener):
@@ -194,23 +194,23 @@ class Compute(Listener):
         names = dict.fromkeys(name for owner in owners for name in owner.names())
         dtype = dtype or seen
         if dtype is not None:
-            names.pop(compute_words.NOBODY, None)
+            names.pop(words.NOBODY, None)
         return Computed(dtype, " and ".join(names) or None)
 
     def _say_what_it_costs(self, owners: list[_Owner], computed: Computed, device: torch.device) -> None:
         """Warn of fp32 weights that were called under nothing, where 16 bits were asked for or would be fast."""
         obstacles = [owner.obstacle for owner in owners if owner.obstacle is not None and not owner.saw_autocast]
         if self._supplies and not owners:
-            text = compute_words.not_called(self._option, self._compute_dtype, device.type)
-            self._speaker.say_once("not called", logging.WARNING, lambda: text)
+            text = words.not_called(self._option, self._compute_dtype, device.type)
+            self._speaker.say_once("not called", logging.WARNING, text)
         elif self._supplies and obstacles:
-            text = compute_words.not_supplied(self._option, self._compute_dtype, obstacles[0].why, obstacles[0].fix)
-            self._speaker.say_once("not supplied", logging.WARNING, lambda: text)
-        elif self._set_over_checkpoint and computed.by == compute_words.NOBODY:
+            text = words.not_supplied(self._option, self._compute_dtype, obstacles[0].why, obstacles[0].fix)
+            self._speaker.say_once("not supplied", logging.WARNING, text)
+        elif self._set_over_checkpoint and computed.by == words.NOBODY:
             name = bf16_device(device)
             if name is not None:
-                text = compute_words.slow(self._option, name, device.type, multiplies_in_tf32(device))
-                self._speaker.say_once("slow", logging.WARNING, lambda: text)
+                text = words.slow(self._option, name, device.type, multiplies_in_tf32(device))
+                self._speaker.say_once("slow", logging.WARNING, text)
 
     def _guarded(self, call: Callable[..., None], *args: object) -> None:
         """What is done in a call of the application's must not end it."""
@@ -218,7 +218,7 @@ class Compute(Listener):
             call(*args)
         except Exception:
             text = f"{self._option}: it could not be told what a model is computed in; the job goes on"
-            self._speaker.say_once("failed to look", logging.WARNING, lambda: text, exc_info=True)
+            self._speaker.say_once("failed to look", logging.WARNING, text, exc_info=True)
 
 
 def _wants_no_fp32(decision: Decision) -> bool:

@@ -96,7 +96,7 @@ class Monitor(Listener):
     def _fail(self) -> None:
         self._before.clear()
         text = words.monitor_failed(self._option)
-        self._speaker.say_once("monitor", logging.WARNING, lambda: text, exc_info=True)
+        self._speaker.say_once("monitor", logging.WARNING, text, exc_info=True)
 
 
 def _copy(sample: _Sample) -> _Sample:

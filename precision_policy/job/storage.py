@@ -192,10 +192,10 @@ class Storage(Listener):
         if self._is_strict and is_adapter_perhaps:
             told = words.perhaps_adapters(self._option, told)
         if stops:
-            self._speaker.say_once("warning", logging.ERROR, lambda: told.text)
+            self._speaker.say_once("warning", logging.ERROR, told.text)
             raise Bf16AdamError(told.short)
         if holding.loss is not None and holding.loss.is_nearly_nothing:
-            self._speaker.say_once("nearly nothing", logging.INFO, lambda: told.text)
+            self._speaker.say_once("nearly nothing", logging.INFO, told.text)
         elif self._speaker.is_first("warning"):
             self._said_share = words.share(holding)
             self._speaker.say(logging.WARNING, told.text)
@@ -228,7 +228,7 @@ class Storage(Listener):
         holding = holdings.read(optimizer, known, self._record.sample)
         if holding is not None:
             text = words.adapters(self._option, self._record, holding)
-            self._speaker.say_once("adapters", logging.INFO, lambda: text)
+            self._speaker.say_once("adapters", logging.INFO, text)
 
     def _tell_what_did_not_arrive(self, optimizer: Optimizer) -> None:
         """Say that fp32 was asked for and bf16 came: of the job's only optimizer, as others may be about other models."""
@@ -247,11 +247,11 @@ class Storage(Listener):
         if fp32:
             elements = sum(parameters.local(p).numel() for p in fp32)
             text = words.wasted(self._option, optimizers.name(optimizer), elements)
-            self._speaker.say_once("wasted", logging.INFO, lambda: text)
+            self._speaker.say_once("wasted", logging.INFO, text)
 
     def _take_back(self, optimizer: Optimizer) -> None:
         """Take back what was said at construction, so that the next optimizer that loses something is warned of."""
         self._seen[optimizer].warned = False
         self._speaker.forget("warning")
         text = words.taken_back(self._option, optimizers.name(optimizer))
-        self._speaker.say_once("taken back", logging.INFO, lambda: text)
+        self._speaker.say_once("taken back", logging.INFO, text)

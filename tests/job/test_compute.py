@@ -26,8 +26,8 @@ from torch import nn
 
 from precision_policy.job import compute
 from precision_policy.job.compute import Computed
-from precision_policy.job.compute_words import APPLICATIONS, LEFT_ALONE, NOBODY, POLICYS
 from precision_policy.job.events import Listener
+from precision_policy.job.words import APPLICATIONS, LEFT_ALONE, NOBODY, POLICYS
 
 pytestmark = pytest.mark.once
 SLOT = "_compiled_call_impl"

@@ -165,11 +165,17 @@ def test_lines(file_regression):
     for elements in (1000, 999_000, 1_000_000, 999_000_000, 1_234_567_000, 1_100_048_000_000):
         part = {Part("fp32", "", ""): Sum(Amount(1, elements))}
         lines.append(words.confirmed(ON, part, 1, {"uint8": Amount(2, 3 * elements, True)}, ""))
-    for computed, by in product((None, "bf16", "TF32"), (None, "the application's autocast")):
+    compute = [
+        *product((None, "bf16"), (None, words.APPLICATIONS, words.POLICYS)),
+        (None, words.NOBODY),
+        (None, words.LEFT_ALONE),
+    ]
+    for computed, by in compute:
         part = {Part("fp32", words.updated_in("fp32"), words.computed_in(computed, by)): Sum(Amount(2, 64))}
         lines.append(words.confirmed(ON, part, 1, {}, ""))
-    lines += [words.slow(ON, kind, "NVIDIA H200", "cuda") for kind in ("fp32", "TF32", None)]
-    lines += [words.not_supplied(ON, "bfloat16", "TF32", by) for by in (None, "the application's autocast")]
+    lines += [words.slow(ON, "NVIDIA H200", "cuda", is_tf32) for is_tf32 in (False, True)]
+    lines += [words.not_supplied(ON, "bfloat16", "a reason", fix) for fix in ("", "do something")]
+    lines.append(words.not_called(ON, "bfloat16", "cuda"))
     file_regression.check("\n".join(lines))
 
 
@@ -178,6 +184,20 @@ def test_sizes():
     assert [words._bytes(size) for size in sizes] == [
         *("0 B", "999 B", "0.9766 KiB", "1 KiB", "999 KiB", "0.9766 MiB", "0.9766 GiB", "1000 GiB", "1.049e+06 GiB")
     ]
+
+
+def test_numbers_of_elements():
+    """The unit is that of the number as it is shown."""
+    told = {
+        999_999: "999,999 elements",
+        1_000_000: "1 M elements",
+        999_499_999: "999 M elements",
+        999_700_000: "1 B elements",
+        12_345_000_000: "12.3 B elements",
+        999_700_000_000: "1,000 B elements",
+        1_234_567_000_000: "1,235 B elements",
+    }
+    assert {count: words._elements(Amount(1, count)) for count in told} == told
 
 
 def test_it_says_what_it_must(armed, said):
