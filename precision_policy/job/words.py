@@ -113,19 +113,19 @@ def perhaps_adapters(option: str, told: Told) -> Told:
     return Told(f"{told.text}\n{remark}", told.short)
 
 
-def not_arrived(option: str, record: Record, came: int, every: int, names: Sequence[str]) -> str:
+def not_arrived(option: str, record: Record, came: int, tensors: int, names: Sequence[str]) -> str:
     """The line for fp32 storage that was asked for, in a job of a single optimizer whose weights came in bf16.
 
     Args:
         option: how the option that is on is called.
         record: the job's.
         came: how many tensors came in bf16.
-        every: how many tensors the optimizer has.
+        tensors: how many the optimizer has.
         names: the first of their names, where it was given any.
     """
     named = f" ({', '.join(names)})" if names else ""
     return (
-        f"{option}: {asked_for_fp32(record)} asked for fp32 storage, but {came:,} of {every:,} tensors came in bf16{named}: "
+        f"{option}: {asked_for_fp32(record)} asked for fp32 storage, but {came:,} of {tensors:,} tensors came in bf16{named}: "
         f"{_why_it_did_not_arrive(record)}"
     )
 
@@ -153,9 +153,9 @@ def wasted(option: str, optimizer: str, elements: int) -> str:
     )
 
 
-def monitored(option: str, optimizer: str, step: int, same: int, total: int, rates: str, with_low_bits: bool) -> str:
+def monitored(option: str, optimizer: str, step: int, same: int, total: int, rates: str, with_masters: bool) -> str:
     """The monitor's line: the share of a sample that a step left unchanged."""
-    what = "weights with their master weights" if with_low_bits else "weights"
+    what = "weights with their master weights" if with_masters else "weights"
     share_left = f"{same / total:.1%} of a sample of {total:,} {what} left unchanged"
     return f"{option}: step {step:,}: {share_left} by {optimizer} at lr {rates}"
 
@@ -213,11 +213,11 @@ def confirmed(option: str, parts: Mapping[Part, Sum], optimizers: int, frozen: M
     """
     whole = Amount(0, 0)
     clauses = []
-    for part, its in parts.items():
-        whole += its.amount
-        clause = _ways(part, its)
+    for part, total in parts.items():
+        whole += total.amount
+        clause = _ways(part, total)
         if len(parts) > 1:
-            clause = f"{_tensors(its.amount.tensors)} ({_elements(its.amount)}) {clause}"
+            clause = f"{_tensors(total.amount.tensors)} ({_elements(total.amount)}) {clause}"
         clauses.append(clause)
     clauses += [f"{_elements(amount)} frozen, stored in {dtype}" for dtype, amount in frozen.items()]
     if note:
@@ -226,14 +226,14 @@ def confirmed(option: str, parts: Mapping[Part, Sum], optimizers: int, frozen: M
     return f"{option}: {_tensors(whole.tensors, 'trainable ')}, {_elements(whole)}{by}: {'; '.join(clauses)}"
 
 
-def _ways(part: Part, its: Sum) -> str:
+def _ways(part: Part, total: Sum) -> str:
     ways = [f"stored in {part.stored}"]
     if part.updated:
         ways.append(part.updated)
-    if its.added_bytes:
-        ways[-1] += f" (adds {_bytes(its.added_bytes)} per rank)"
-    if its.reasons:
-        ways.append(f"no master weights for {unserved(its.reasons)}")
+    if total.added_bytes:
+        ways[-1] += f" (adds {_bytes(total.added_bytes)} per rank)"
+    if total.reasons:
+        ways.append(f"no master weights for {unserved(total.reasons)}")
     if part.computed:
         ways.append(part.computed)
     return ", ".join(ways)
@@ -250,6 +250,9 @@ NOTHING_IN_BF16 = "no master weights are kept, as nothing trainable is stored in
 
 NOT_BY_TORCH = "the step never came through a class of torch.optim"
 """Why an optimizer has no master weights where its step did not pass by."""
+
+FP16 = "fp16 needs loss scaling as well"
+"""Why fp16 parameters have no master weights, as ``master_weights.py`` says it; its other reasons count bf16 ones alone."""
 
 ENGINES_COPIES = "fp32 copies that an engine has made of bf16 weights"
 """What parameters are stored in that took the place of bf16 ones between construction and first step."""
