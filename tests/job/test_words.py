@@ -127,10 +127,10 @@ def test_warnings(file_regression):
         lines += [f"{name}: nearly nothing: {nearly_nothing}", told.text, ""]
         assert told.text.startswith(told.short)
 
-    one = cases()["one group"]
+    usual = cases()["one group"]
 
-    def warned(what, its, several=False, sample=None, optimizer=one):
-        lines.extend([what, words.losing("precision_policy=strict", its, read(optimizer, sample), several).text, ""])
+    def warned(what, job, several=False, sample=None, optimizer=usual):
+        lines.extend([what, words.losing("precision_policy=strict", job, read(optimizer, sample), several).text, ""])
 
     warned("a fix that is not known, and a sample", record(NO_MODEL), sample=64)
     warned("a fix that is not known, without master weights", record(NO_MODEL), optimizer=cases()["LBFGS"])
@@ -145,20 +145,20 @@ def test_warnings(file_regression):
 
 def test_lines(file_regression):
     """Everything else."""
-    every = cases()
+    made = cases()
     named = ["layer.0", "layer.1", "layer.2"]
     lines = [
         words.not_arrived(ON, record(SET), 4, 5, named),
         words.not_arrived(ON, record(replace(SET, added=True)), 1000, 1234, []),
         words.taken_back(ON, "torch.optim.Adam"),
         words.wasted(ON, "its.Optimizer", 1024 * 1024 + 64),
-        words.adapters(ON, record(PEFT), read(every["two groups"])),
-        words.adapters(ON, record(replace(PEFT, rule="quantized")), read(every["a high rate"])),
-        words.perhaps_adapters(ON, words.losing(ON, record(PEFT, CHOSEN), read(every["RAdam"]), several=False)).text,
-        words.refused(ON, read(every["one group"]), {"a reason": 2}).text,
-        words.refused(ON, read(every["two groups"]), {"a reason": 1, "another": 1}).text,
-        words.summed_up(ON, [read(every["one group"]), read(every["a warm-up"])], Amount(3, 36_928)),
-        words.summed_up(ON, [read(every["RAdam"]), read(every["Adafactor"])], Amount(1, 1000, True)),
+        words.adapters(ON, record(PEFT), read(made["two groups"])),
+        words.adapters(ON, record(replace(PEFT, rule="quantized")), read(made["a high rate"])),
+        words.perhaps_adapters(ON, words.losing(ON, record(PEFT, CHOSEN), read(made["RAdam"]), several=False)).text,
+        words.refused(ON, read(made["one group"]), {"a reason": 2}).text,
+        words.refused(ON, read(made["two groups"]), {"a reason": 1, "another": 1}).text,
+        words.summed_up(ON, [read(made["one group"]), read(made["a warm-up"])], Amount(3, 36_928)),
+        words.summed_up(ON, [read(made["RAdam"]), read(made["Adafactor"])], Amount(1, 1000, True)),
         words.monitored(ON, "torch.optim.AdamW", 12_000, 1, 3, "1e-05, 0.001", False),
         words.monitored(ON, "torch.optim.AdamW", 1, 65_536, 65_536, "1e-05", True),
     ]
