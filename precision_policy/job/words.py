@@ -1,7 +1,7 @@
 """All texts of the job but the decision's own: what happens to this run, the fix, what that costs, then the figures.
 
-The numbers come from ``holdings.py``. Whatever is to be typed stands on a line of its own, without a remark: log handlers wrap
-long lines, and a setting that is cut in two cannot be pasted.
+The numbers come from ``holdings.py``. In a warning of lost updates, what is to be typed stands on a line of its own, without a
+remark: log handlers wrap long lines, and a setting that is cut in two cannot be pasted.
 """
 
 from __future__ import annotations

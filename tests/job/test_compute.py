@@ -421,6 +421,23 @@ class TestSeveral:
             if one is MIXED:
                 assert model.__dict__[SLOT].inner is None
 
+    def test_an_optimizer_for_each_parameter(self, monkeypatch):
+        """At its first step, each is not held against all others: of 10,000 that would take minutes."""
+        looks = []
+        trainable = compute._trainable
+        monkeypatch.setattr(compute, "_trainable", lambda optimizer: looks.append(optimizer) or trainable(optimizer))
+        with watching(ON):
+            model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(40)])
+            optimizers = [torch.optim.SGD([param], lr=1e-3) for param in model.parameters()]
+            model(batch()).sum().backward()
+            assert SLOT in model.__dict__
+            for optimizer in optimizers[:-1]:
+                optimizer.step()
+            assert SLOT in model.__dict__
+            optimizers[-1].step()
+            assert SLOT not in model.__dict__
+        assert len(looks) <= 5 * len(optimizers)
+
     def test_two_optimizers_over_parts_of_one_model(self, warned, gpu):
         """The first one's step does not end what is noted for the second."""
         with watching(ON) as seen:
