@@ -91,6 +91,11 @@ def own_step() -> str:
     return compare("torch's own step", "bf16 as is")
 
 
+def fp32_compute() -> str:
+    """What it costs to compute in fp32 what is stored in it."""
+    return compare("fp32 compute", "mixed")
+
+
 def cache() -> str:
     """What autocast costs without its cache of weights."""
     return compare("autocast's cache", "fp32, own autocast")
@@ -99,16 +104,17 @@ def cache() -> str:
 def loss() -> str:
     """Held-out loss after 300 steps."""
     lines = []
-    for (_, way), rows in of_experiment("loss after 300 steps").items():
-        seeds = str(len(rows))
-        lines.append([way, with_spread(rows, "loss_held_out", 3), seeds, with_spread(rows, "loss_last", 3)])
-    return table(["way", "held-out loss (lowest to highest)", "seeds", "loss of the last five training steps"], lines)
+    for (shape, way), rows in of_experiment("loss after 300 steps").items():
+        cells = [with_spread(rows, "loss_held_out", 3), with_spread(rows, "loss_last", 3)]
+        lines.append([f"{shape}, {rows[0]['device']}", way, str(len(rows)), *cells])
+    head = ["tokens a step", "way", "seeds", "held-out loss (lowest to highest)", "loss of the last five training steps"]
+    return table(head, lines)
 
 
 def machine() -> str:
     """Which cards and model the costs were measured with."""
-    rows = read("compute.csv")
-    devices = " and one ".join(sorted({row["device"] for row in rows if row["device"]}))
+    rows = [row for row in read("compute.csv") if row["experiment"] == "cost"]
+    devices = " and one ".join(sorted({row["device"] for row in rows}))
     return f"One {devices}; a Llama of {int(rows[0]['parameters']):,} parameters, 8 x 1024 tokens a step, lr 1e-5."
 
 
@@ -174,6 +180,7 @@ def small_cost() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "own step": own_step,
+    "fp32 compute": fp32_compute,
     "cache": cache,
     "loss": loss,
     "machine": machine,

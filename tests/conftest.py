@@ -22,9 +22,12 @@ APPS = ROOT / "tests/apps"
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-# The application that most tests start.
-TRAIN = (APPS / "bf16_weight/app.py").read_text()
-CONFIG = (APPS / "bf16_weight/conf/config.yaml").read_text()
+OPTIONS = ("on", "mixed", "master_weights", "warn", "strict", "off")
+WRITING = ("on", "mixed", "strict")  # those of them that set fp32 storage
+
+# The lines that most composed configs have.
+AUTO = "model: {torch_dtype: auto}\n"
+ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
 
 # Making the first optimizer imports torch._dynamo, which takes as long as torch does.
 IMPORTS = ["torch", "torch._dynamo", "hydra"]
@@ -48,7 +51,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not _RANKS.mat
 def pytest_collection_modifyitems(items):
     """Mark the tests that start an application: mutation testing does without them."""
     for item in items:
-        if {"app", "application"} & set(getattr(item, "fixturenames", ())):
+        if "application" in getattr(item, "fixturenames", ()):
             item.add_marker("process")
 
 
@@ -151,6 +154,13 @@ class App:
             raise AssertionError(f"{self.program} {' '.join(words)} exited {statuses}\n{out}\n{err}")
         return Run(statuses, out, err)
 
+    def refuses(self, *arguments: str) -> str:
+        """What it says of a command line for which no job starts: exit status 1, and no traceback."""
+        run = self(*arguments, status=1)
+        assert "Traceback" not in run.err
+        assert "CONFIG" not in run.out
+        return run.err
+
     def record(self, output: str = "out") -> dict:
         """What the policy has recorded about a finished job, by the folder of its output."""
         return yaml.safe_load((self.folder / output / ".hydra/hydra.yaml").read_text())["hydra"]["precision_policy"]
@@ -228,19 +238,6 @@ def application(tmp_path, job_starter, heavy_starter):
         copy = tmp_path / (folder or name)
         shutil.copytree(APPS / name, copy)
         return App(copy, heavy_starter if heavy else job_starter, program)
-
-    return make
-
-
-@pytest.fixture
-def app(tmp_path, job_starter):
-    """Make an application of a config and code: by default ``tests/apps/bf16_weight``."""
-
-    def make(config: str = CONFIG, code: str = TRAIN, folder: str = "app") -> App:
-        made = App(tmp_path / folder, job_starter)
-        made.write("conf/config.yaml", config)
-        made.write("app.py", code)
-        return made
 
     return make
 

@@ -3,6 +3,9 @@
 LOST = "torch.optim.AdamW over bf16 weights"
 """An optimizer loses updates: in the warning, and in the error of ``strict``."""
 
+STORED = "stored in fp32, updated in fp32"
+"""What is said of the storage where all that is trained is kept in fp32."""
+
 SUPPLIED = "autocast that the policy supplies"
 """Who makes bf16 compute, where the application does not."""
 
@@ -19,9 +22,7 @@ def trained(tensors: int, elements: int, computed: str, shard: bool = False) -> 
     """What the line of the first step says of an optimizer where all that is trained is stored in fp32."""
     plural = "s" if tensors > 1 else ""
     of_the_shard = " of this rank's shard" if shard else ""
-    return (
-        f"{tensors} trainable tensor{plural}, {elements:,} elements{of_the_shard}: stored in fp32, updated in fp32, {computed}"
-    )
+    return f"{tensors} trainable tensor{plural}, {elements:,} elements{of_the_shard}: {STORED}, {computed}"
 
 
 def not_as_asked(key: str, tensors: int) -> str:

@@ -129,9 +129,29 @@ def under_autocast(device_type: str, call: Callable[..., Any], args: tuple[Any, 
     Without autocast's cache: that lives as long as the outermost autocast, which may be a whole training step with several
     steps of an optimizer in it, and would hand out the weights of the first. Lightning does the same.
     """
-    with torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False):
-        output = call(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        with torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False):
+            output = call(*args, **kwargs)
+        return in_fp32(output)
+    # To make an autocast takes longer than to enter one, so those that are not entered now are used again.
+    idle = _idle_autocasts.of_device_type.setdefault(device_type, [])
+    autocast = idle.pop() if idle else torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)
+    try:
+        with autocast:
+            output = call(*args, **kwargs)
+    finally:
+        idle.append(autocast)
     return in_fp32(output)
+
+
+class _IdleAutocasts(threading.local):
+    """The autocasts of a thread that nothing is under."""
+
+    def __init__(self) -> None:
+        self.of_device_type: dict[str, list[torch.autocast]] = {}
+
+
+_idle_autocasts = _IdleAutocasts()
 
 
 def in_fp32(output: Any) -> Any:
@@ -141,13 +161,32 @@ def in_fp32(output: Any) -> Any:
     how it is made.
     """
     if isinstance(output, torch.Tensor):
-        return output.float() if output.dtype is torch.bfloat16 else output
+        return _widened(output)
+    if _has_nothing_to_widen(output):
+        return output
     leaves = pytree.tree_leaves(output, is_leaf=_may_have_a_constructor)
     widened = [_widened(leaf) for leaf in leaves]
     if all(old is new for old, new in zip(leaves, widened, strict=True)):
         return output
     structure = pytree.tree_structure(output, is_leaf=_may_have_a_constructor)  # only now: it costs as much as autocast
     return pytree.tree_unflatten(widened, structure)
+
+
+def _has_nothing_to_widen(output: Any) -> bool:
+    """Whether that is seen at once: no bf16 tensor, and nothing that may hold one. pytree takes as long as autocast to tell."""
+    if isinstance(output, dict):
+        values: Any = output.values()
+    elif isinstance(output, (tuple, list)):
+        values = output
+    else:
+        return False
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.dtype is torch.bfloat16:
+                return False
+        elif value is not None and not isinstance(value, (int, float, str)):
+            return False
+    return True
 
 
 def _may_have_a_constructor(node: Any) -> bool:
@@ -213,7 +252,7 @@ class Autocast:
         if not self._undo:
             self._undo.append(wrap(nn.Module, "compile", _compile))
             self._undo.append(wrap(nn.Module, "_replicate_for_data_parallel", _replicate))
-            self._undo.append(wrap(torch.jit._trace, "_check_trace", _check_trace))  # type: ignore[arg-type]  # a module, whose functions are wrapped as well
+            self._undo.append(wrap(torch.jit._trace, "_check_trace", _check_trace))
         if supplies:
             self._make_visible(type(module))
         return call

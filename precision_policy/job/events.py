@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ class Events:
         self._undo = contextlib.ExitStack()
         self._classes: set[type] = set()
         self._inner: set[Any] = set()
+        # Optimizers may be made by several threads.
+        self._lock = threading.RLock()
         # A wrapper that somebody has wrapped in turn stays where it is after the end, and must then do nothing.
         self.on = False
 
@@ -119,11 +122,12 @@ class Events:
         """
         if not self._around_step:
             return
-        for base in kind.__mro__:
-            if base not in self._classes:
-                self._classes.add(base)
-                if _updates_parameters(base):
-                    self._go_around(base)
+        with self._lock:
+            for base in kind.__mro__:
+                if base not in self._classes:
+                    self._classes.add(base)
+                    if _updates_parameters(base):
+                        self._go_around(base)
 
     def reaches(self, optimizer: Optimizer) -> bool:
         """Whether a call of ``optimizer.step`` comes here: not where somebody took torch's step before its class was served."""
@@ -146,7 +150,6 @@ class Events:
         present = base.__dict__["step"]
         raw = _inside_hooks(present)
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
         @functools.wraps(raw)
         def inner(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if not self.on:
@@ -180,6 +183,8 @@ class Events:
             self.serve(type(optimizer))
         patch(optimizer)
 
+    # What is disabled is not the wrapper: torch 2.4 takes a bound method around it for the function inside, and loses `self`.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
     def _step(self, raw: Callable[..., Any], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = raw
         for around in reversed(self._around_step):

@@ -9,6 +9,7 @@ What the bits mean stands in :mod:`precision_policy.job.low_bits`; both ways giv
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import struct
@@ -114,15 +115,24 @@ def adam(
     if is_in_fp32:
         beta1, beta2 = struct.unpack("ff", struct.pack("ff", beta1, beta2))
     corrections_dtype = torch.float32 if is_in_fp32 else torch.float64
-    corrections = _corrections(count, beta1, beta2, corrections_dtype, table.device)
+    stream = _stream_of(table.device)
+    corrections = _corrections(count, beta1, beta2, corrections_dtype, table.device, stream)
     rates = lr, weight_decay, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps
     launch(_adam, table, corrections, *rates, DECAYS=weight_decay != 0, DECOUPLED=decoupled, FUSED=fused)
-    # Made now, while the device is busy, and found in the cache at the next step.
-    _corrections(count + 1, beta1, beta2, corrections_dtype, table.device)
+    # Made now, while the device is busy, and found in the cache at the next step. This one is made: it fails no more.
+    with contextlib.suppress(RuntimeError):
+        _corrections(count + 1, beta1, beta2, corrections_dtype, table.device, stream)
+
+
+def _stream_of(device: torch.device) -> int:
+    """The stream on which a device now works. What is made on one may not be there yet for what another one does."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @functools.lru_cache(maxsize=16)
-def _corrections(count: float, beta1: float, beta2: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _corrections(
+    count: float, beta1: float, beta2: float, dtype: torch.dtype, device: torch.device, stream: int
+) -> torch.Tensor:
     """What corrects the bias of both states. It is made as torch makes it: in fp32, 1 - 0.999 is another number."""
     steps = torch.full((), count, dtype=dtype, device=device)
     return torch.stack([1 - beta1**steps, (1 - beta2**steps).sqrt()]).float()
@@ -160,9 +170,10 @@ def _prepare(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, torch.Tens
     """Make what starts a kernel, with a program for each block of each tensor, and the table of the addresses and sizes."""
     device = columns[0][0].device
     sizes = tuple([tensor.numel() for tensor in columns[0]])
-    places, programs = _blocks(sizes, device)
+    stream = _stream_of(device)
+    places, programs = _blocks(sizes, device, stream)
     entries = [tensor.data_ptr() for column in columns for tensor in column]
-    table, is_aligned = _table((*entries, *sizes), len(columns) + 1, device)
+    table, is_aligned = _table((*entries, *sizes), len(columns) + 1, device, stream)
 
     def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
         if programs:
@@ -174,7 +185,7 @@ def _prepare(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, torch.Tens
 
 
 @functools.lru_cache(maxsize=256)
-def _table(entries: tuple[int, ...], rows: int, device: torch.device) -> tuple[torch.Tensor, bool]:
+def _table(entries: tuple[int, ...], rows: int, device: torch.device, stream: int) -> tuple[torch.Tensor, bool]:
     """The addresses and sizes on the device, and whether all addresses are aligned.
 
     From one step to the next they are mostly the same: torch gives freed memory out again in the same order.
@@ -188,7 +199,7 @@ def _table(entries: tuple[int, ...], rows: int, device: torch.device) -> tuple[t
 
 
 @functools.lru_cache(maxsize=256)
-def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+def _blocks(sizes: tuple[int, ...], device: torch.device, stream: int) -> tuple[torch.Tensor, int]:
     """For each program its tensor's number, then for each its block's number in that; and how many programs there are."""
     counts = torch.tensor([-(-size // _BLOCK) for size in sizes])
     tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
@@ -199,7 +210,7 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor,
 
 @triton.jit
 def _this_program(places):
-    """The number of this program's tensor, and the first of the elements that the program works on."""
+    """The number of this program's tensor, and that of its block in the tensor."""
     tensor = tl.load(places + tl.program_id(0))
     block = tl.load(places + tl.num_programs(0) + tl.program_id(0))
     return tensor, block.to(tl.int64)

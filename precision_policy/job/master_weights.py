@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
@@ -81,22 +81,25 @@ class MasterWeights(Listener):
         Returns:
             None where no step of torch's came through: that of a class which updates parameters by itself.
         """
+        if self._only is None and optimizer in _by_hand:
+            return _kept_by_hand.kept(optimizer)
         plan = self._plans.get(optimizer)
-        plans = [(optimizer, plan)] if plan is not None else self._plans_inside(optimizer)
+        plans = {optimizer: plan} if plan is not None else self._plans_inside(optimizer)
         if not plans:
             return None
-        members = [member for _, one in plans for member in one.members]
-        added = 0
+        tensors = elements = added = 0
         refused: Counter[str] = Counter()
-        for one, its in plans:
-            refused += its.refused
-            added += sum(_added_bytes(member, one.state.get(member.param, {}), its.kind) for member in its.members)
-        elements = sum(parameters.whole_size(member.param) for member in members)
-        return Kept(len(members), elements, added, dict(refused))
+        for stepped, plan in plans.items():
+            refused += plan.refused
+            for member in plan.members:
+                tensors += 1
+                elements += parameters.whole_size(member.param)
+                added += _added_bytes(member, stepped.state.get(member.param, {}), plan.kind)
+        return Kept(tensors, elements, added, dict(refused))
 
     def around_step(self, optimizer: Optimizer, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a closure first, with the model as it is; then step, with fp32 leaves in the place of bf16 parameters."""
-        if self._only is not None and optimizer not in self._only:
+        if not self._serves(optimizer):
             return step(optimizer, *args, **kwargs)
         refusal = _refusal(optimizer)
         if refusal is not None:
@@ -115,8 +118,7 @@ class MasterWeights(Listener):
 
     def around_load(self, optimizer: Optimizer, load: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Load a state without rounding what is kept in fp32."""
-        is_served = self._only is None or optimizer in self._only
-        if not is_served or base_of(type(optimizer)) is None or _refusal(optimizer) is not None:
+        if not self._serves(optimizer) or base_of(type(optimizer)) is None or _refusal(optimizer) is not None:
             return load(optimizer, *args, **kwargs)
         self._loaded.add(optimizer)
         with self._lock, resume.states_as_they_are(optimizer):
@@ -125,7 +127,8 @@ class MasterWeights(Listener):
     def end(self) -> None:
         """Let the optimizers that live on be torch's own: their states in the parameter's dtype, and no low bits."""
         for optimizer in {*self._plans, *self._loaded}:
-            resume.hand_back(optimizer)
+            if self._serves(optimizer):
+                resume.hand_back(optimizer)
         if self._undo_missing is not None:
             self._undo_missing()
             self._undo_missing = None
@@ -133,7 +136,14 @@ class MasterWeights(Listener):
         self._loaded.clear()
         self._scratch = None
 
+    def _serves(self, optimizer: Optimizer) -> bool:
+        """Whether this one steps an optimizer. :func:`keep_master_weights` serves some beyond the end of a job."""
+        if self._only is not None:
+            return optimizer in self._only
+        return optimizer not in _by_hand
+
     def _step(self, optimizer: Optimizer, step: Callable[..., Any]) -> None:
+        """Step an optimizer whose closure has run: in one kernel where that can be, and piece by piece where not."""
         plan = self._plan(optimizer)
         self._plans[optimizer] = plan
         if not plan.members:
@@ -156,7 +166,7 @@ class MasterWeights(Listener):
                 swap.step_parts(optimizer, step, plan.kind, pieces)
 
     def _plan(self, optimizer: Optimizer) -> _Plan:
-        """Who is stepped how, this time: it depends on who has a gradient. What was made for the last step is used again."""
+        """Sort the parameters that have a gradient into members and the rest. What was made for the last step is used again."""
         before = self._plans.get(optimizer)
         if before is None:
             if self._undo_missing is None:
@@ -171,20 +181,18 @@ class MasterWeights(Listener):
             rest = []
             plan.looks.append([_look_at(param) for param in group["params"]])
             for param in group["params"]:
-                grad = param.grad
-                if grad is None:
+                if param.grad is None:
                     continue
-                member = known.get(id(param))
-                if member is not None and grad.layout is torch.strided and member.fits(param, number):
-                    occurrences.append(member)
-                    continue
-                refusal = _refusal_of(param, grad)
+                refusal = _refusal_of(param, param.grad)
                 if refusal is None:
-                    known[id(param)] = Member(param, number)
-                    occurrences.append(known[id(param)])
+                    member = known.get(id(param))
+                    if member is None or not member.fits(param, number):
+                        member = known[id(param)] = Member(param, number)
+                    occurrences.append(member)
                     continue
                 if refusal is not _STORED_WIDE:
                     plan.refused[refusal] += 1
+                # torch steps it, and may find what master weights have left: a parameter may have been bf16 before.
                 resume.to_param_dtype(optimizer, plan.kind, param)
                 rest.append(param)
             plan.rest.append(rest)
@@ -196,7 +204,12 @@ class MasterWeights(Listener):
         return plan
 
     def _pieces(self, plan: _Plan) -> list[list[Piece]]:
-        """The pieces of a plan. They are used again where the memory in which they lie is kept."""
+        """The pieces of a plan. They are used again where the memory in which they lie is kept.
+
+        Those of a CUDA graph are its own: what they are stepped by depends on whether a graph is captured.
+        """
+        if any(_is_captured(device) for device in _by_device(plan.members)):
+            return self._cut(plan.members, plan.kind)
         if plan.pieces is None:
             pieces = self._cut(plan.members, plan.kind)
             if elements_of(plan.members) > _KEPT_ELEMENTS and any(member.device.type != "cpu" for member in plan.members):
@@ -215,15 +228,31 @@ class MasterWeights(Listener):
                 pieces += cut(its, scratch_for(its, device), kind.elementwise)
         return pieces
 
-    def _plans_inside(self, optimizer: Optimizer) -> list[tuple[Optimizer, _Plan]]:
-        """The plans of the optimizers whose parameters are all of another one's."""
-        numbers = {id(param) for param in _params(optimizer)}
-        found = []
+    def _plans_inside(self, optimizer: Optimizer) -> dict[Optimizer, _Plan]:
+        """The plans of the optimizers that this one wraps: theirs are some of its parameters."""
+        own = {id(param) for param in _params(optimizer)}
+        found = {}
         for other, plan in self._plans.items():
-            its = {id(param) for param in _params(other)}
-            if its and its <= numbers:
-                found.append((other, plan))
+            params = {id(param) for param in _params(other)}
+            if params and params <= own:
+                found[other] = plan
         return found
+
+
+class _Look(NamedTuple):
+    """What a plan depends on, of a parameter; ``grad_layout`` is None where it has no gradient."""
+
+    param: torch.Tensor
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+    grad_layout: torch.layout | None
+
+
+def _look_at(param: torch.Tensor) -> _Look:
+    grad_layout = None if param.grad is None else param.grad.layout
+    return _Look(param, param.dtype, param.shape, param.stride(), param.device, grad_layout)
 
 
 @dataclass
@@ -263,25 +292,17 @@ class _Plan:
             if len(params) != len(looks):
                 return False
             for param, look in zip(params, looks, strict=True):
-                seen, dtype, shape, stride, device, layout_of_grad = look
+                seen, dtype, shape, stride, device, grad_layout = look
                 if param is not seen or param.dtype is not dtype:
                     return False
                 grad = param.grad
-                if layout_of_grad is not (None if grad is None else grad.layout):
+                layout = None if grad is None else grad.layout
+                if layout is not grad_layout:
                     return False
                 # A DTensor's part is looked at when it is stepped.
                 if param.shape != shape or param.stride() != stride or param.device != device:
                     return False
         return True
-
-
-# Of a parameter: itself, its dtype, shape, stride and device, and the layout of its gradient, None where it has none.
-_Look = tuple[Any, ...]
-
-
-def _look_at(param: torch.Tensor) -> _Look:
-    layout_of_grad = None if param.grad is None else param.grad.layout
-    return param, param.dtype, param.shape, param.stride(), param.device, layout_of_grad
 
 
 def _refusal(optimizer: Optimizer) -> str | None:
@@ -320,6 +341,10 @@ def _by_device(members: Iterable[Member]) -> dict[torch.device, list[Member]]:
     for member in members:
         found.setdefault(member.device, []).append(member)
     return found
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _whole_pieces(members: Sequence[Member]) -> list[Piece]:
@@ -397,5 +422,6 @@ def fp32_weights(optimizer: Optimizer) -> dict[torch.Tensor, torch.Tensor]:
 
 
 _by_hand: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_by_hand_events = Events([MasterWeights(_by_hand)], Speaker(), "precision_policy.keep_master_weights")
+_kept_by_hand = MasterWeights(_by_hand)
+_by_hand_events = Events([_kept_by_hand], Speaker(), "precision_policy.keep_master_weights")
 _by_hand_lock = threading.Lock()

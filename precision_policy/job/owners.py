@@ -56,7 +56,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if _looks_in_graphs:
                 _look_while_compiling(module)
         else:
-            for owners in _looking:
+            for owners in tuple(_looking):  # who finds what it looks for leaves the list
                 owners.look(module)
     return _original_call(module, *args, **kwargs)
 
@@ -65,7 +65,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _functional_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In the place of torch's, which puts other tensors in the place of a module's parameters, then calls the module."""
     if not is_exporting() and not torch.compiler.is_dynamo_compiling():
-        for owners in _looking:
+        for owners in tuple(_looking):
             owners.look(module)
     return _original_functional_call(module, *args, **kwargs)
 
@@ -73,20 +73,22 @@ def _functional_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no type
 def _look_while_compiling(module: nn.Module) -> None:
     """Look while the caller is traced: this leaves nothing in the graph."""
-    for owners in _looking:
+    for owners in tuple(_looking):
         owners.look(module, in_graph=True)
 
 
 def _replace() -> None:
-    # Whoever has replaced __call__ on top of ours, and still has it there, would be called by what they call.
+    """Put ours in the place of torch's two functions, each where it is not there already."""
     global _is_replaced, _original_call, _original_functional_call  # noqa: PLW0603 - one function in the process, without a closure
-    if _is_replaced and nn.Module.__call__ is not _original_call:
-        return
-    _original_call = nn.Module.__call__
-    nn.Module.__call__ = _call  # type: ignore[method-assign]  # until the owners were called
-    _original_functional_call = stateless._functional_call
-    stateless._functional_call = _functional_call
-    _is_replaced = True
+    # Somebody's wrapper around ours may still be installed. It calls ours, which must not call it in turn.
+    is_wrapped = _is_replaced and nn.Module.__call__ is not _original_call
+    if not is_wrapped:
+        _original_call = nn.Module.__call__
+        nn.Module.__call__ = _call  # type: ignore[method-assign]  # until the owners were called
+        _is_replaced = True
+    if stateless._functional_call is not _functional_call:
+        _original_functional_call = stateless._functional_call
+        stateless._functional_call = _functional_call
 
 
 def _put_back() -> None:
@@ -94,8 +96,9 @@ def _put_back() -> None:
     global _is_replaced  # noqa: PLW0603 - as above
     if nn.Module.__call__ is _call:
         nn.Module.__call__ = _original_call  # type: ignore[method-assign]  # as it was
-        stateless._functional_call = _original_functional_call
         _is_replaced = False
+    if stateless._functional_call is _functional_call:
+        stateless._functional_call = _original_functional_call
 
 
 class Owners:

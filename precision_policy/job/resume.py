@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ from precision_policy.job.pieces import LOW_BITS, WHOLE
 from precision_policy.job.torch_states import Kind, kind_of
 from precision_policy.job.wrapping import wrap
 
+# torch has one method for all optimizers, so while it is another one, nobody else may load.
+_one_at_a_time = threading.RLock()
+
 
 @contextlib.contextmanager
 def states_as_they_are(optimizer: Optimizer) -> Iterator[None]:
@@ -23,23 +27,27 @@ def states_as_they_are(optimizer: Optimizer) -> Iterator[None]:
     """
     kind = kind_of(type(optimizer))
     name = "_process_value_according_to_param_policy"
-    original = Optimizer.__dict__[name]
+    with _one_at_a_time:
+        original = Optimizer.__dict__.get(name)
+        if original is None:  # a torch that has moved it rounds them
+            yield
+            return
 
-    def process(param: torch.Tensor, value: torch.Tensor, param_id: Any, param_groups: Any, key: Any = None) -> torch.Tensor:
-        if param.dtype is torch.bfloat16:
-            if key in (LOW_BITS, WHOLE):
-                return value.to(device=param.device)
-            if kind.makes(key, value):
-                dtype = torch.float32 if value.dtype is torch.bfloat16 else value.dtype
-                return value.to(device=param.device, dtype=dtype)
-        processed: torch.Tensor = original.__func__(param, value, param_id, param_groups, key)
-        return processed
+        def process(param: torch.Tensor, value: torch.Tensor, param_id: Any, groups: Any, key: Any = None) -> torch.Tensor:
+            if param.dtype is torch.bfloat16:
+                if key in (LOW_BITS, WHOLE):
+                    return value.to(device=param.device)
+                if kind.makes(key, value):
+                    dtype = torch.float32 if value.dtype is torch.bfloat16 else value.dtype
+                    return value.to(device=param.device, dtype=dtype)
+            processed: torch.Tensor = original.__func__(param, value, param_id, groups, key)
+            return processed
 
-    setattr(Optimizer, name, staticmethod(process))
-    try:
-        yield
-    finally:
-        setattr(Optimizer, name, original)
+        setattr(Optimizer, name, staticmethod(process))
+        try:
+            yield
+        finally:
+            setattr(Optimizer, name, original)
 
 
 def to_param_dtype(optimizer: Optimizer, kind: Kind, param: torch.Tensor) -> None:
@@ -55,7 +63,7 @@ def to_param_dtype(optimizer: Optimizer, kind: Kind, param: torch.Tensor) -> Non
 
 
 def hand_back(optimizer: Optimizer) -> None:
-    """Do so for all parameters of an optimizer."""
+    """Cast the states of all bf16 parameters of an optimizer to bf16, and drop their low bits."""
     kind = kind_of(type(optimizer))
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -76,11 +84,22 @@ def let_low_bits_be_missing() -> Callable[[], None] | None:
     if planner is None:
         return None
 
+    is_over = False
+
     def plan(make_plan: Callable[..., Any], state_dict: dict[str, Any], metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_over:
+            return make_plan(state_dict, metadata, *args, **kwargs)
         wanted = {}
         for name, value in state_dict.items():
             if name in metadata.state_dict_metadata or not name.endswith((f".{LOW_BITS}", f".{WHOLE}")):
                 wanted[name] = value
         return make_plan(wanted, metadata, *args, **kwargs)
 
-    return wrap(planner, "create_default_local_load_plan", plan)
+    unwrap = wrap(planner, "create_default_local_load_plan", plan)
+
+    def undo() -> None:
+        nonlocal is_over
+        is_over = True
+        unwrap()
+
+    return undo

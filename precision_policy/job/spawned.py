@@ -7,6 +7,7 @@ what the job has armed. A forked process has all of it anyway.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -73,4 +74,9 @@ def arm_here(arm: Arm, record: Record, option: str, said: frozenset[str]) -> con
     """
     if "torch" not in sys.modules:
         return None
-    return arm(record, option, said)
+    try:
+        return arm(record, option, said)
+    except Exception:  # a diagnosis ends no process of the application's
+        text = f"{option}: a process that the job has started is not watched"
+        logging.getLogger("precision_policy").warning(text, exc_info=True)
+        return None

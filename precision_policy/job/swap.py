@@ -188,24 +188,26 @@ def _standing_in(optimizer: Optimizer, groups: list[Entry], state: Any) -> Itera
 @contextlib.contextmanager
 def _undone_on_failure(tensors: list[torch.Tensor]) -> Iterator[None]:
     """Give tensors their values back where something raises."""
-    numbers: list[torch.Tensor] = []
-    larger: list[torch.Tensor] = []
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        (larger if tensor.dim() else numbers).append(tensor)
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     # One call and one piece of memory for all of them: ten thousand clones would take longer than the step.
-    copied_numbers = torch.stack(numbers) if numbers else None
-    copied = None
-    if larger:
-        is_single = len(larger) == 1  # the flat form of which is itself
-        copied = larger[0].flatten().clone() if is_single else _flatten_dense_tensors(larger)  # type: ignore[no-untyped-call]  # torch gives it no types
+    copies = [(present, _flat_copy(present)) for present in alike.values()]
     try:
         yield
     except BaseException:
-        if copied_numbers is not None:
-            torch._foreach_copy_(numbers, list(copied_numbers.unbind()))
-        if copied is not None:
-            torch._foreach_copy_(larger, list(_unflatten_dense_tensors(copied, larger)))  # type: ignore[no-untyped-call]  # as above
+        for present, copied in copies:
+            before = _unflatten_dense_tensors(copied, present)  # type: ignore[no-untyped-call]  # torch gives it no types
+            torch._foreach_copy_(present, list(before))
         raise
+
+
+def _flat_copy(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The elements of tensors in one new tensor."""
+    if len(tensors) == 1:  # the flat form of a single one may be itself
+        return tensors[0].flatten().clone()
+    flat: torch.Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]  # as above
+    return flat
 
 
 def _changed_by_step(groups: Iterable[Entry], kind: Kind, entries: Sequence[Entry]) -> list[torch.Tensor]:

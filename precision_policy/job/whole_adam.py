@@ -32,7 +32,7 @@ class _Row:
         exp_avg_sq: the second moment.
         step: how many steps were made, as torch counts them.
         count: the same as a number, for which no device need be asked.
-        version: of ``step``, when it was that number: torch counts what is done to a tensor.
+        version: of ``step``, when it was that number: torch counts what is done to a tensor, but not through its ``data``.
         found: the entries of its state when the row was made. Where they are the same ones, the row holds still.
         grad: this rank's part of the gradient, for the time of the step.
     """
@@ -93,7 +93,7 @@ class WholeAdam:
             if grad.stride() != member.stride:
                 grad = member.lay(grad, torch.bfloat16)
             row.grad = grad
-            if row.step._version != row.version:
+            if row.step.is_cpu or row.step._version != row.version:
                 row.count = float(row.step.item())
             waiting.setdefault((member.group, member.device, row.count), []).append(row)
             elements += member.size

@@ -7,20 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wrap(kind: type, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Call ``around(original, self, *args, **kwargs)`` in place of a method; the result undoes it.
+def wrap(place: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Call ``around(original, *args, **kwargs)`` in place of a method of a class, or a function of a module.
 
-    Whoever has wrapped the method on top keeps this wrapper in between, so ``around`` must then do nothing of its own.
+    Whoever has wrapped it in turn keeps this wrapper after its end, so ``around`` must then do nothing of its own.
+
+    Args:
+        place: the class or module.
+        name: of the method or function.
+        around: gets what stood there before, and the arguments.
+
+    Returns:
+        What undoes it. Where there is no such method, as in another version of torch, it does nothing.
     """
-    original = getattr(kind, name)
+    original = getattr(place, name, None)
+    if original is None:
+        return lambda: None
 
     @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, *args, **kwargs)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
 
     def undo() -> None:
-        if getattr(kind, name) is wrapper:
-            setattr(kind, name, original)
+        if getattr(place, name) is wrapper:
+            setattr(place, name, original)
 
-    setattr(kind, name, wrapper)
+    setattr(place, name, wrapper)
     return undo

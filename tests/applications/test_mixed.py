@@ -4,11 +4,11 @@ import re
 import sys
 
 import pytest
-from conftest import CONFIG
+from words import STORED, SUPPLIED, UNSEEN, trained
 
 pytestmark = pytest.mark.once
 MIXED = "+precision_policy=mixed"
-SUPPLIED = "stored in fp32, updated in fp32, computed in bf16 by autocast that the policy supplies"
+COMPUTED = f"{STORED}, computed in bf16 by {SUPPLIED}"
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def plain_training(application):
 def test_supplied(plain_training, how):
     """Whatever calls the model first; and an exported program is as it would be without the policy."""
     run = plain_training(MIXED, f"how={how}", "exports=true")
-    assert run.log.splitlines()[-1].endswith(SUPPLIED)
+    assert run.log.splitlines()[-1].endswith(COMPUTED)
     assert "OUTSIDE torch.float32 ROUNDED True" in run.out
     assert "CALL IS TORCH'S True" in run.out
     assert "EXPORTED AUTOCAST False" in run.out
@@ -38,15 +38,15 @@ def test_the_applications_hooks_see_fp32(plain_training):
 @pytest.mark.parametrize(
     ("option", "how", "by"),
     [
-        ("mixed", "penalty", "autocast that the policy supplies"),
-        ("mixed", "weight_norm", "autocast that the policy supplies"),
+        ("mixed", "penalty", SUPPLIED),
+        ("mixed", "weight_norm", SUPPLIED),
         ("on", "own_autocast_and_penalty", "the application's autocast"),
     ],
 )
 def test_nothing_untrue_of_gradients_that_something_is_added_to(plain_training, option, how, by):
     run = plain_training(f"+precision_policy={option}", f"how={how}")
     assert "INSIDE ['torch.bfloat16']" in run.out
-    assert f"stored in fp32, updated in fp32, called under {by}" in run.log.splitlines()[-1]
+    assert f"{STORED}, called under {by}" in run.log.splitlines()[-1]
     assert "WARNING" not in run.log
 
 
@@ -64,23 +64,11 @@ def test_fresh_optimizers(plain_training):
 
 
 @pytest.mark.parametrize("extra", [["model.dtype=bfloat16"], ["+lora={r: 8}"], ["+model.load_in_4bit=true"]])
-def test_nothing_is_supplied_to_16_bits_or_peft(app, extra):
+def test_nothing_is_supplied_to_16_bits_or_peft(application, extra):
     """The code makes an fp32 model all the same."""
-    run = app(CONFIG.replace("torch_dtype", "dtype"), FP32)(MIXED, *extra)
+    run = application("fp32_all_the_same")(MIXED, *extra)
     assert "ROUNDED False" in run.out
     assert "computed in" not in run.log
-
-
-FP32 = """
-import hydra, torch
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg):
-    model = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    output = model(torch.randn(2, 64))
-    print("ROUNDED", torch.equal(output, output.bfloat16().float()))
-main()
-"""
 
 
 def test_several_steps_in_one_call(application):
@@ -100,7 +88,7 @@ def test_parts_under_a_precision_of_their_own(application):
     """Between Fabric's parts, products stay in fp32."""
     run = application("fabric_parts")(MIXED)
     assert run.out.count("BETWEEN torch.float32") == 2
-    assert "stored in fp32, updated in fp32, computed in bf16 by Fabric's bf16-mixed" in run.log.splitlines()[-1]
+    assert f"{STORED}, computed in bf16 by Fabric's bf16-mixed" in run.log.splitlines()[-1]
 
 
 def test_of_two_models_the_one_with_adapters_is_left_alone(application):
@@ -108,10 +96,10 @@ def test_of_two_models_the_one_with_adapters_is_left_alone(application):
     run = application("full_and_adapters")(MIXED, pairs)
     assert "Sequential ROUNDED True\n" in run.out
     assert "Adapted ROUNDED False\n" in run.out
-    assert SUPPLIED in run.log
+    assert COMPUTED in run.log
     left_alone = "called under no autocast of the policy's, which leaves PEFT and quantized models alone"
     frozen = "4,160 elements frozen, stored in bf16"
-    assert run.log.splitlines()[-1].endswith(f"stored in fp32, updated in fp32, {left_alone}; {frozen}")
+    assert run.log.splitlines()[-1].endswith(f"{STORED}, {left_alone}; {frozen}")
     assert "WARNING" not in run.log
 
 
@@ -129,7 +117,7 @@ def test_frameworks(fine_tuning, way):
     """Where they compute in fp32: bf16, supplied; one line."""
     run = fine_tuning(MIXED, f"way={way}")
     assert [line.split()[0] for line in run.log.splitlines()] == ["INFO", "INFO"]
-    assert run.log.endswith(f"21 trainable tensors, 492,160 elements: {SUPPLIED}")
+    assert run.log.endswith(trained(21, 492_160, f"computed in bf16 by {SUPPLIED}"))
     if way == "accumulation":
         assert "SAMPLE torch.Size([1, 19])" in run.out
 
@@ -147,7 +135,7 @@ def test_frameworks(fine_tuning, way):
 def test_where_it_is_there_already(fine_tuning, way, by):
     """Nothing is added, and the line says who does it."""
     run = fine_tuning(MIXED, f"way={way}", "precision=bf16")
-    assert f"stored in fp32, updated in fp32, computed in bf16 by {by}" in run.log.splitlines()[-1]
+    assert f"{STORED}, computed in bf16 by {by}" in run.log.splitlines()[-1]
 
 
 def test_in_a_process_that_the_job_starts(fine_tuning):
@@ -157,16 +145,5 @@ def test_in_a_process_that_the_job_starts(fine_tuning):
 def test_swept(fine_tuning):
     """Each job of a sweep by itself."""
     run = fine_tuning("--multirun", "+precision_policy=on,mixed,off")
-    lines = [
-        line.partition("stored in fp32, updated in fp32, ")[2]
-        for line in run.log.splitlines()
-        if "stored in fp32, updated in fp32, " in line
-    ]
-    assert lines == ["called under no autocast or mixed precision", "computed in bf16 by autocast that the policy supplies"]
-
-
-@pytest.mark.parametrize("value", ["float16", "fp16", "torch.float16", "half"])
-def test_fp16_is_refused(app, value):
-    run = app()("+precision_policy=on", f"precision_policy.compute_dtype={value}", status=1)
-    assert "needs loss scaling, which only the application can do" in run.err
-    assert "Traceback" not in run.err
+    lines = [line.partition(f"{STORED}, ")[2] for line in run.log.splitlines() if f"{STORED}, " in line]
+    assert lines == [UNSEEN, f"computed in bf16 by {SUPPLIED}"]

@@ -4,6 +4,7 @@ import inspect
 import os
 
 import pytest
+from conftest import OPTIONS, WRITING
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -135,7 +136,7 @@ SETTINGS = st.dictionaries(st.sampled_from(["model", "optimizer", "peft", "dtype
 
 @pytest.mark.parametrize("shard", range(4 if NIGHTLY else 1))
 @settings(**EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(tree=TREES, option=st.sampled_from(["on", "mixed", "warn", "strict", "master_weights", "off"]), chosen=SETTINGS)
+@given(tree=TREES, option=st.sampled_from(OPTIONS), chosen=SETTINGS)
 def test_the_jobs_config_differs_in_at_most_the_dtype_key(initialized, shard, tree, option, chosen):
     """From the one without the policy, whatever the config; and no error but for a setting that cannot be right."""
     ConfigStore.instance().store("any", tree, **REPLACE)
@@ -158,7 +159,7 @@ def test_the_jobs_config_differs_in_at_most_the_dtype_key(initialized, shard, tr
     if decision is None or decision.rule != "set":
         assert not changed
         return
-    assert option in ("on", "mixed", "strict")
+    assert option in WRITING
     parent = decision.key.rpartition(".")[0]  # an empty mapping is a leaf until a key is written into it
     assert changed - {parent} == {decision.key}
     assert new[decision.key] == "float32"

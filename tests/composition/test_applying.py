@@ -1,12 +1,10 @@
 """What is written into a config, and what is recorded."""
 
+from conftest import ADAMW, AUTO
 from omegaconf import OmegaConf
 
 from precision_policy.composition.applying import apply
 from precision_policy.record import Record
-
-ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
-AUTO = "model: {torch_dtype: auto}\n"
 
 
 def test_set_writes_one_key_and_nothing_else(compose, decide):
@@ -35,12 +33,11 @@ def test_off_is_an_explicit_nothing(compose, record):
     assert (told.enabled, told.model, told.decision) == (False, "elsewhere", None)
 
 
-def test_warn_never_writes(compose, decide):
+def test_warn_never_writes(compose):
     """Whatever the spelling of fp32."""
     for spelling in ("float32", "fp32", "32"):
         arguments = ["+precision_policy=warn", f"precision_policy.storage_dtype={spelling}"]
         assert compose(AUTO + ADAMW, *arguments).model.torch_dtype == "auto"
-    assert decide(AUTO + ADAMW, "precision_policy.write=false").rule == "warn_only"
 
 
 def test_a_saved_decision_stays_while_its_key_has_the_value():

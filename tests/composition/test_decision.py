@@ -1,9 +1,7 @@
 """The table: which rule holds, in which order, and what its reason says."""
 
 import pytest
-
-ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
-AUTO = "model: {torch_dtype: auto}\n"
+from conftest import ADAMW, AUTO
 
 
 @pytest.mark.parametrize(

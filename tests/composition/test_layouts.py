@@ -1,8 +1,7 @@
 """Where real projects put the model, the optimizer and PEFT; the table in docs/settings.md is made of these lines."""
 
-from pathlib import Path
-
 import pytest
+from conftest import ROOT
 from omegaconf import OmegaConf
 
 ADAMW = "{_target_: torch.optim.AdamW, lr: 1e-5}"
@@ -82,7 +81,7 @@ def test_line(compose, layout, config, line, key):
 
 
 def test_the_page_of_settings_has_these_lines():
-    page = (Path(__file__).parent.parent.parent / "docs/settings.md").read_text()
+    page = (ROOT / "docs/settings.md").read_text()
     for layout, _, line, key in TABLE:
         keys = [key] if key else ["actor.torch_dtype", "critic.torch_dtype"]
         shown = ", ".join(f"`{name}`" for name in keys)

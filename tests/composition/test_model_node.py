@@ -1,9 +1,8 @@
 """Which dtype key of the model is written: one that is there, or one that is known to be read."""
 
 import pytest
+from conftest import ADAMW, AUTO
 from omegaconf import OmegaConf
-
-ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
 
 
 def written(compose, model, *overrides):
@@ -149,5 +148,5 @@ def test_the_model_behind_an_interpolation(compose, decide):
 @pytest.mark.parametrize("override", ["precision_policy.storage_dtype=fp32", "precision_policy.storage_dtype=torch.float32"])
 def test_storage_dtype_in_the_projects_words(compose, override):
     """What is written is what was asked for, letter by letter."""
-    cfg = compose(f"model: {{torch_dtype: auto}}\n{ADAMW}", "+precision_policy=on", override)
+    cfg = compose(AUTO + ADAMW, "+precision_policy=on", override)
     assert cfg.model.torch_dtype == override.partition("=")[2]

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ADAMW, AUTO
 from omegaconf import OmegaConf
 
 from precision_policy.composition import peft
-
-ADAMW = "optimizer: {_target_: torch.optim.AdamW}\n"
-MODEL = "model: {torch_dtype: auto}\n"
 
 # Where PEFT is on somewhere in a config, and the path that is named for it.
 ON = [
@@ -75,21 +73,21 @@ OTHER_ROLES = [
 @pytest.mark.parametrize(("tree", "where"), ON)
 def test_it_is_found(decide, tree, where):
     """Nothing is set, and the reason names the path and how to say that it is not about this model."""
-    decision = decide(f"{MODEL}{ADAMW}{tree}")
+    decision = decide(f"{AUTO}{ADAMW}{tree}")
     assert decision.rule == "peft"
     assert f"({where}" in decision.reason
     assert decision.reason.endswith("(not about this model: precision_policy.peft=null)")
-    assert decide(f"{MODEL}{ADAMW}{tree}", "precision_policy.peft=null").rule == "set"
+    assert decide(f"{AUTO}{ADAMW}{tree}", "precision_policy.peft=null").rule == "set"
 
 
 @pytest.mark.parametrize("tree", OFF)
 def test_a_full_fine_tune_is_not_mistaken_for_it(decide, tree):
-    assert decide(f"{MODEL}{ADAMW}{tree}").rule == "set"
+    assert decide(f"{AUTO}{ADAMW}{tree}").rule == "set"
 
 
 @pytest.mark.parametrize("tree", OTHER_ROLES)
 def test_a_model_of_another_role_says_nothing(decide, tree):
-    assert decide(f"{MODEL}{ADAMW}{tree}").rule == "set"
+    assert decide(f"{AUTO}{ADAMW}{tree}").rule == "set"
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from conftest import ADAMW, AUTO, ENVIRONMENT, OPTIONS, ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.once
 
-OPTIONS = ("on", "mixed", "master_weights", "warn", "strict", "off")
 COMPOSE = """
 from hydra import compose, initialize_config_dir
 import precision_policy, sys
@@ -32,7 +30,7 @@ def built(tmp_path_factory):
 
 
 def composed(python: Path, folder: Path) -> str:
-    (folder / "config.yaml").write_text("model: {torch_dtype: auto}\noptimizer: {_target_: torch.optim.AdamW}\n")
+    (folder / "config.yaml").write_text(AUTO + ADAMW)
     run = subprocess.run(
         [str(python), "-c", COMPOSE, str(folder)], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )

@@ -2,11 +2,11 @@
 
 import copy
 import pickle
-from textwrap import dedent
 
 import pytest
 import torch
 import torch._dynamo
+from conftest import OPTIONS
 from hydra.conf import HydraConf
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.distributed.checkpoint import default_planner
@@ -119,41 +119,18 @@ def test_torch_checkpoints():
     assert "create_default_local_load_plan" in names
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "import sys; sys.modules['hydra._internal.config_loader_impl'] = None",
-        "import sys; sys.modules['hydra._internal.config_repository'] = None",
-        "from hydra._internal.callbacks import Callbacks; del Callbacks.on_job_start",
-        "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C; C.renamed = C._load_single_config; del C._load_single_config",
-    ],
-)
+@pytest.mark.parametrize("what", ["no_config_loader", "no_config_repository", "no_start_of_a_job", "another_name_for_loading"])
 def test_a_hydra_that_the_hook_does_not_fit(application, what):
     """The hook says that it is not installed, and touches nothing."""
-    train = application("idle")
-    code = f"""
-        import hydra._internal.config_loader_impl, hydra._internal.callbacks
-        {what}
-        from precision_policy.hydra_hook import install
-        print('INSTALLED', install())
-    """
-    train.write("app.py", dedent(code))
-    assert "INSTALLED False" in train().out
-
-
-def before(train, code):
-    train.write("app.py", dedent(code) + (train.folder / "app.py").read_text())
-    return train
+    assert "INSTALLED False" in application("other_hydra")(what, outputs=False).out
 
 
 def test_its_applications(application):
     """One that asks for the policy gets an error before the job; one that does not, and one that says off, run as ever."""
-    train = before(application("idle"), "import precision_policy.hydra_hook as hook\nhook.install = lambda: False\n")
-    for option in ("on", "mixed", "master_weights", "warn", "strict"):
-        run = train(f"+precision_policy={option}", status=1)
-        assert "this version of hydra-precision-policy does not know this version of Hydra" in run.err
-        assert "Traceback" not in run.err
-        assert "CONFIG" not in run.out
+    train = application("idle", "without_the_hook.py")
+    for option in set(OPTIONS) - {"off"}:
+        told = train.refuses(f"+precision_policy={option}")
+        assert "this version of hydra-precision-policy does not know this version of Hydra" in told
     plain = train()
     assert plain.config["model"] == {"torch_dtype": "auto"}
     assert "precision_policy" not in plain.err
@@ -162,14 +139,7 @@ def test_its_applications(application):
 
 def test_a_hydra_that_composes_past_the_hook(application):
     """Where composition is not where it was, the job stops with an error that says so."""
-    past = """
-        import hydra._internal.config_loader_impl as loader
-        from hydra.core.plugins import Plugins
-        composes = loader.ConfigLoaderImpl._load_configuration_impl
-        Plugins.instance()
-        loader.ConfigLoaderImpl._load_configuration_impl = composes
-    """
-    train = before(application("idle"), past)
+    train = application("idle", "past_the_hook.py")
     run = train("+precision_policy=on", status=1)
     assert "nothing was decided when the config was composed" in run.err
     assert "CONFIG" not in run.out

@@ -3,7 +3,6 @@
 import inspect
 import subprocess
 import sys
-from textwrap import dedent
 
 import hydra
 import pytest
@@ -48,72 +47,29 @@ def test_cfg_job(application):
     assert yaml.safe_load(train("+precision_policy=on", "--cfg", "job").out) == train("+precision_policy=on").config
 
 
-def test_compose_api(application):
-    """``hydra.compose`` gives the same config."""
-    train = application("idle")
-    code = dedent("""
-        import json
-        from hydra import compose, initialize
-        from omegaconf import OmegaConf
-        with initialize(version_base='1.3', config_path='conf'):
-            print('CONFIG ' + json.dumps(OmegaConf.to_container(compose('config', ['+precision_policy=on']))))
-    """)
-    expected = train("+precision_policy=on").config
-    train.write("app.py", code)
-    assert train().config == expected
-
-
-def with_defaults(train, defaults):
-    config = (train.folder / "conf/config.yaml").read_text()
-    train.write("conf/config.yaml", f"defaults:\n{defaults}  - _self_\n{config}")
-    return train
-
-
 def test_defaults_list(application):
     """The option in the application's own defaults list, and the opt-outs."""
-    train = with_defaults(application("bf16_weight"), '  - precision_policy: "on"\n')
-    assert train().log == LINES
-    assert train("precision_policy=off").log == ""
-    assert train("~precision_policy").config["model"] == {"torch_dtype": "auto"}
-    assert train("precision_policy.enabled=false").log == ""
+    train, switched_on = application("bf16_weight"), ["--config-name", "switched_on"]
+    assert train(*switched_on).log == LINES
+    assert train(*switched_on, "precision_policy=off").log == ""
+    assert train(*switched_on, "~precision_policy").config["model"] == {"torch_dtype": "auto"}
+    assert train(*switched_on, "precision_policy.enabled=false").log == ""
 
 
 def test_in_an_experiment_file(application):
     """The option selected by another config group's file."""
-    train = with_defaults(application("bf16_weight"), "  - experiment: null\n")
-    train.write("conf/experiment/full.yaml", '# @package _global_\ndefaults:\n  - /precision_policy: "on"\n')
-    assert train("experiment=full").log == LINES
-
-
-WITHOUT = """
-import sys, warnings
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith(('precision_policy', 'hydra_plugins.hydra_precision_policy')):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
-warnings.simplefilter('ignore')
-"""
-
-
-def preceded(train, code):
-    """The application, with code that runs before its own."""
-    train.write("app.py", code + (train.folder / "app.py").read_text())
-    return train
+    assert application("bf16_weight")("--config-name", "experiments", "experiment=full").log == LINES
 
 
 def test_off_is_byte_identical(application):
     """Without the option, config and log are those of an environment in which the package is not installed."""
-    train = application("idle")
-    runs, configs = [], []
-    for _ in range(2):
-        runs.append(train())
-        configs.append((train.folder / "out/.hydra/config.yaml").read_bytes())
-        preceded(train, WITHOUT)
-    assert runs[0].out == runs[1].out
+    installed = application("idle", folder="installed")
+    without = application("idle", "without_the_package.py", folder="without")
+    assert installed().out == without().out
+    configs = [(train.folder / "out/.hydra/config.yaml").read_bytes() for train in (installed, without)]
     assert configs[0] == configs[1]
     # The other side really runs without it: there the option is a key like any other.
-    assert train("+precision_policy=on").config["precision_policy"] == "on"
+    assert without("+precision_policy=on").config["precision_policy"] == "on"
 
 
 @pytest.mark.parametrize(
@@ -135,18 +91,10 @@ def test_every_rule_logs_a_line(application, rule, arguments):
     assert line.startswith(f"INFO precision_policy=on: nothing set ({rule}): ")
 
 
-def test_a_job_without_the_option_is_silent(application):
-    assert application("idle")().log == ""
-
-
 def test_pairs_are_said_one_by_one(application):
     """One log line each, and a warning whose fix names their keys."""
-    train = application("bf16_weight")
-    train.write(
-        "conf/config.yaml",
-        "a: {torch_dtype: bfloat16}\nb: {torch_dtype: auto}\noptimizer: {_target_: torch.optim.AdamW, _partial_: true}\n",
-    )
-    run = train("+precision_policy=on", "precision_policy.pairs={a:{model:a},b:{model:b}}")
+    pairs = "precision_policy.pairs={a:{model:a},b:{model:b}}"
+    run = application("bf16_weight")("--config-name", "pairs", "+precision_policy=on", pairs)
     assert [line.split(": ")[1] for line in run.log.splitlines()[:2]] == ["nothing set (explicit_dtype)", "b.torch_dtype"]
 
 
@@ -160,21 +108,16 @@ def test_every_record_names_its_option(application):
 
 def test_python_m(application):
     """An application that is a module of a package."""
-    train = application("bf16_weight")
-    for name, text in (("__init__.py", ""), ("conf/__init__.py", "")):
-        train.write(f"package/{name}", text)
-    for name in ("app.py", "conf/config.yaml"):
-        train.write(f"package/{name}", (train.folder / name).read_text())
+    package = application("bf16_weight", folder="package").folder
+    for folder in (package, package / "conf"):
+        (folder / "__init__.py").touch()
     command = [sys.executable, "-m", "package.app", "+precision_policy=on", "hydra.run.dir=out"]
-    finished = subprocess.run(command, cwd=train.folder, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    finished = subprocess.run(command, cwd=package.parent, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert LINE[5:] in finished.stdout
 
 
 @pytest.mark.skipif("execution_whitelist" not in inspect.signature(hydra.main).parameters, reason="of Hydra 1.4")
 def test_execution_whitelist(application):
     """An application that has one needs no entry for the policy; one that has none is told nothing about it."""
-    train = application("bf16_weight")
-    assert "precision_policy" not in train("+precision_policy=on").err
-    code = (train.folder / "app.py").read_text()
-    train.write("app.py", code.replace('version_base="1.3"', 'execution_whitelist=["torch.*"]'))
-    assert train("+precision_policy=on").log.startswith(LINE)
+    assert "precision_policy" not in application("bf16_weight", folder="none")("+precision_policy=on").err
+    assert application("bf16_weight", "whitelist.py")("+precision_policy=on").log.startswith(LINE)

@@ -155,12 +155,6 @@ def test_a_step_of_the_applications_own(armed, confirmed):
     assert confirmed() == ["1 trainable tensor, 16 elements: stored in fp32"]
 
 
-def test_other_ranks_are_silent(armed, confirmed, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    train(network(), steps=2)
-    assert confirmed() == []
-
-
 MASTERS = record(master_weights=True, bf16_adam="ignore")
 
 

@@ -12,6 +12,7 @@ from masters import LOW_BITS, assert_same, by_hand, fp32_copies, give_gradients,
 from torch import nn
 
 import precision_policy
+from precision_policy.job import swap
 from precision_policy.job.events import Events
 from precision_policy.job.master_weights import MasterWeights
 from precision_policy.job.speaker import Speaker
@@ -582,6 +583,46 @@ def test_kept_by_hand_without_a_job():
     assert (weights[param] < 1).all()
     assert torch.equal(param, torch.ones_like(param))
     assert torch.equal(precision_policy.fp32_weights(left_alone)[other], other.float())
+
+
+@pytest.mark.usefixtures("disarmed_after")
+def test_kept_by_hand_in_a_job_that_keeps_them_too():
+    """The job's own master weights leave such an optimizer alone, tell of it, and take nothing from it at the job's end."""
+    param, other = (nn.Parameter(torch.ones(3, dtype=bf16)) for _ in range(2))
+    listener = MasterWeights()
+    events = Events([listener], Speaker())
+    events.start()
+    optimizer, of_the_job = adamw([param]), adamw([other])
+    precision_policy.keep_master_weights(optimizer)
+    for _ in range(2):
+        param.grad, other.grad = torch.ones_like(param), torch.ones_like(other)
+        optimizer.step()
+        of_the_job.step()
+    assert listener.kept(optimizer).tensors == listener.kept(of_the_job).tensors == 1
+    low_bits = optimizer.state[param][LOW_BITS]
+    events.end()
+    assert optimizer.state[param][LOW_BITS] is low_bits
+    assert optimizer.state[param]["exp_avg"].dtype is torch.float32
+    assert LOW_BITS not in of_the_job.state[other]
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state[param]["step"].item() == 3
+    assert (precision_policy.fp32_weights(optimizer)[param] < 1).all()
+
+
+def test_what_a_step_that_raises_has_changed_is_undone():
+    """Tensors of several dtypes and shapes, numbers among them."""
+    tensors = [torch.ones(3), torch.tensor(1.0), torch.ones(2, 2, dtype=torch.float64), torch.tensor(1.0), torch.ones(0)]
+    before = copy.deepcopy(tensors)
+
+    def step():
+        with swap._undone_on_failure(tensors):
+            torch._foreach_add_(tensors, 1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        step()
+    assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
 
 
 def test_kept_by_hand_too_late_or_in_vain(monkeypatch):

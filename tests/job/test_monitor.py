@@ -163,8 +163,8 @@ def test_low_bits_of_a_sample_are_those_of_its_weights(monitored, monkeypatch):
     assert f"{87 / 97:.1%} of a sample of 97 weights" in monitored()[0]
 
 
-def test_in_a_job(app):
-    run = app()("+precision_policy=on", "precision_policy.monitor.every=1")
+def test_in_a_job(application):
+    run = application("bf16_weight")("+precision_policy=on", "precision_policy.monitor.every=1")
     assert (
         "INFO precision_policy=on: step 1: 0.0% of a sample of 64 weights left unchanged by torch.optim.AdamW at lr 1e-05"
         in run.log
@@ -172,6 +172,8 @@ def test_in_a_job(app):
 
 
 @pytest.mark.parametrize("arguments", [["precision_policy.bf16_adam=ignore"], ["+peft=true", "precision_policy.peft=peft"]])
-def test_where_the_warning_is_silenced(app, arguments):
-    run = app()("+precision_policy=on", "model.torch_dtype=bfloat16", "precision_policy.monitor.every=1", *arguments)
+def test_where_the_warning_is_silenced(application, arguments):
+    words = ["+precision_policy=on", "model.torch_dtype=bfloat16", "precision_policy.monitor.every=1"]
+    run = application("bf16_weight")(*words, *arguments)
+    assert "WARNING" not in run.log
     assert "step 1: 100.0% of a sample of 64 weights left unchanged" in run.log

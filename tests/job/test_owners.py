@@ -262,3 +262,17 @@ def test_whoever_puts_torchs_call_back_beneath_us_is_no_obstacle():
     with looking(optimizer) as (seen, _):
         later(batch())
         assert seen == [later]
+
+
+def test_a_call_that_somebody_has_put_back_is_replaced_again():
+    """Whoever saved ``__call__`` before the job and puts it back during it; ``functional_call`` works on."""
+    models = [network(), network()]
+    optimizers = [adamw(model) for model in models]
+    saved = nn.Module.__call__
+    with looking(optimizers[0]) as (seen, owners):
+        nn.Module.__call__ = saved
+        owners.stop()
+        owners.follow(optimizers[1])
+        parameters = dict(models[1].named_parameters())
+        assert torch.equal(torch.func.functional_call(models[1], parameters, batch()), models[1](batch()))
+        assert seen == [models[1]]

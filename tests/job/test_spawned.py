@@ -7,6 +7,7 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 from jobs import record
+from words import LOST
 
 from precision_policy.job import spawned
 from precision_policy.job.speaker import Speaker
@@ -19,7 +20,7 @@ def test_what_a_spawned_process_says(application, depth):
     """The warning, the confirmation and the monitor, in a process of the job's and in one that this starts in turn."""
     run = application("spawns")(*OPTIONS, f"depth={depth}", python=sys.executable)
     said = run.out + run.err
-    assert said.count("torch.optim.AdamW over bf16 weights") == 1
+    assert said.count(LOST) == 1
     assert said.count("1 trainable tensor, 16 elements: stored in bf16, updated in bf16") == 1
     assert said.count("step 2: 100.0% of a sample of 16 weights left unchanged") == 1
 
@@ -55,3 +56,14 @@ def test_process_starts_as_before():
     process.join()
     assert process.exitcode == 0
     assert not hasattr(process, "_precision_policy")
+
+
+@pytest.mark.once
+def test_a_process_that_cannot_be_armed_goes_on(caplog):
+    """A diagnosis that fails ends no process of the application's."""
+
+    def fails(*arguments):
+        raise KeyError("of another torch")
+
+    assert spawned.arm_here(fails, record(), "precision_policy=on", frozenset()) is None
+    assert "precision_policy=on: a process that the job has started is not watched" in caplog.text

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import CHOSEN, NO_MODEL, PEFT, SET, Kept, normal, record, step, weights
+from words import LOST
 
 from precision_policy.job.storage import Bf16AdamError
 
@@ -374,7 +375,7 @@ def test_adapters_stop_no_job(arm, said, rule, action):
     assert said() + said("ERROR") == []
     told = said("INFO")[0]
     assert told == (
-        "precision_policy=on: torch.optim.AdamW over bf16 weights, no fp32 master copy: 100.0% of updates round away at lr 1e-05; "
+        f"precision_policy=on: {LOST}, no fp32 master copy: 100.0% of updates round away at lr 1e-05; "
         "1 trainable tensor (16 elements) stored in bf16; left as it is, since the config has "
         + ("PEFT" if rule == "peft" else "a quantized model")
     )
@@ -441,7 +442,7 @@ def test_what_is_refused_master_weights(arm, said, masters, kept, words):
     assert said() == []
     step(optimizer)
     (text,) = said()
-    assert text.startswith(f"precision_policy=on: torch.optim.AdamW over bf16 weights, {words}")
+    assert text.startswith(f"precision_policy=on: {LOST}, {words}")
     arm(record(master_weights=True, bf16_adam="error"))
     strict = torch.optim.AdamW(weights(count=2), lr=1e-5)
     with pytest.raises(Bf16AdamError, match="no master weights for"):
@@ -465,32 +466,25 @@ def test_without_gradients_nothing_is_refused(arm, said, masters):
 # In a job.
 
 
-def test_job_that_insists_on_bf16(app):
+def test_job_that_insists_on_bf16(application):
     """The override that fixes it is spelled for this application, with a + where Hydra wants one, on a line of its own."""
-    from conftest import CONFIG
-
-    run = app()("+precision_policy=on", "model.torch_dtype=bfloat16")
+    train = application("bf16_weight")
+    run = train("+precision_policy=on", "model.torch_dtype=bfloat16")
     assert "\n    model.torch_dtype=float32\n" in run.out
     assert run.out.count("[precision_policy][WARNING]") == 1
-    run = app(CONFIG.replace("torch_dtype: auto", "name: x"), folder="plus")(
-        "+precision_policy=on", "+model.torch_dtype=bfloat16"
-    )
+    run = train("--config-name", "no_dtype_key", "+precision_policy=on", "+model.torch_dtype=bfloat16")
     assert "\n    +model.torch_dtype=float32\n" in run.out
 
 
-def test_strict_stops_the_job(app):
+def test_strict_stops_the_job(application):
     """Exit status 1, with the numbers."""
-    run = app()("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1)
-    assert "Bf16AdamError: precision_policy=strict: torch.optim.AdamW over bf16 weights" in run.err
+    train = application("bf16_weight")
+    run = train("+precision_policy=strict", "model.torch_dtype=bfloat16", status=1)
+    assert f"Bf16AdamError: precision_policy=strict: {LOST}" in run.err
     assert run.err.count("weights that an update cannot move") == 0
     assert run.out.count("weights that an update cannot move") == 1
     assert "\n    model.torch_dtype=float32\n" in run.err
-    assert app(folder="fine")("+precision_policy=strict").config["model"] == {"torch_dtype": "float32"}
-
-
-@pytest.mark.parametrize("arguments", [["+peft=true"], ["precision_policy.bf16_adam=ignore"]])
-def test_silent_jobs(app, arguments):
-    assert "WARNING" not in app()("+precision_policy=on", "model.torch_dtype=bfloat16", *arguments).log
+    assert train("+precision_policy=strict").config["model"] == {"torch_dtype": "float32"}
 
 
 def test_a_job_of_two_optimizers(application):
