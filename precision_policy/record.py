@@ -12,13 +12,10 @@ from typing import Any, Final, Literal
 Rule = Literal[
     "peft", "quantized", "no_model", "no_optimizer", "not_torch_optim", "explicit_dtype", "no_dtype_key", "warn_only", "set"
 ]
-"""Why the storage dtype is what it is; ``../docs/design.md`` has them in the order in which they are asked."""
+"""Why the storage dtype is what it is; ``docs/design.md`` has them in the order in which they are asked."""
 
 FROZEN_BASE: Final[frozenset[Rule]] = frozenset({"peft", "quantized"})
 """The rules about a model of which most is frozen and may stay in 16 bits."""
-
-NOT_FOUND: Final[frozenset[Rule]] = frozenset({"no_model", "no_optimizer", "no_dtype_key"})
-"""The rules that hold because the config does not spell what would be needed."""
 
 
 @dataclass(frozen=True)
@@ -83,5 +80,5 @@ class Record:
             bf16_adam=node["bf16_adam"],
             sample=node["sample"],
             monitor_every=node["monitor"]["every"],
-            decisions=tuple(Decision(**{name: one[name] for name in names}) for one in several),
+            decisions=tuple(Decision(**{name: values[name] for name in names}) for values in several),
         )

@@ -80,6 +80,7 @@ def _kept(cfg: DictConfig, saved: Mapping[str, Any] | None, name: str | None) ->
 
 
 def _gather(cfg: DictConfig, settings: Settings, pair: Pair, overrides: Sequence[str]) -> Facts:
+    """What the table is asked about one model; PEFT is looked for where it was said to be, or everywhere but at the others'."""
     model = _find_model(cfg, pair.model)
     looks_everywhere = pair.peft.path == AUTO
     if looks_everywhere:

@@ -1,7 +1,8 @@
 """Reading and writing single nodes of a composed config, without ever resolving the whole of it.
 
 Real configs hold ``???``, resolvers that only work once the job runs, and resolvers that raise. So every function here looks
-at one node, raw first, and answers instead of raising. All use of OmegaConf's private corners is in this module.
+at one node, raw first, and answers instead of raising. All use of OmegaConf's private corners is in this module, but for what
+``hydra_hook.py`` asks of the node that it is about.
 """
 
 from __future__ import annotations

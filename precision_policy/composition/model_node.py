@@ -102,6 +102,7 @@ def _spell(path: str, overrides: Sequence[str]) -> str:
 
 
 def _present_key(parent: DictConfig, name: str, settings: Settings, overrides: Sequence[str]) -> DtypeKey:
+    """A dtype key that is there; what cannot be read before the job runs counts as chosen, as does what is no plain value."""
     path = config_tree.path_of_key(parent, name)
     override = _spell(path, overrides)
     takes_no_name = _why_it_takes_no_name(parent, name, settings)

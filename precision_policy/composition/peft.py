@@ -119,6 +119,7 @@ def _is_about_peft(node: DictConfig, key: str) -> bool:
 
 
 def _on_at_key(parent: DictConfig, name: str, path: str) -> str | None:
+    """As :func:`_on`, of what a key holds; a value that cannot be read yet is on."""
     found = config_tree.value(parent, name)
     if found is config_tree.ABSENT:
         return f"{path} is not known before the job runs"
@@ -126,6 +127,7 @@ def _on_at_key(parent: DictConfig, name: str, path: str) -> str | None:
 
 
 def _on(found: Any, path: str, name: str) -> str | None:
+    """What a flag, rank, method, list or block switches on, in words; None where it is off."""
     if isinstance(found, ListConfig):
         return f"{path} is there" if len(found) else None
     if not isinstance(found, DictConfig):
@@ -137,6 +139,7 @@ def _on(found: Any, path: str, name: str) -> str | None:
 
 
 def _is_switched_off(block: DictConfig, name: str) -> bool:
+    """Whether a key of a block, which has this name, switches the block itself off: a null target, a switch, or rank 0."""
     if config_tree.has(block, "_target_") and config_tree.value(block, "_target_") is None:
         return True
     return _is_off(block, {"enabled", "enable", f"use_{name.lower()}", *_RANKS})

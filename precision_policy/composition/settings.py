@@ -193,10 +193,13 @@ class Settings:
         default = {role: Path(f"{NODE}.{role}", getattr(self, role) or "", role in self.chosen) for role in _ROLES}
         if not self.pairs:
             return {None: Pair(**default)}
-        return {
-            name: Pair(**default | {role: Path(f"{NODE}.pairs.{name}.{role}", path or "", True) for role, path in pair.items()})
-            for name, pair in self.pairs.items()
-        }
+        pairs: dict[str | None, Pair] = {}
+        for name, given in self.pairs.items():
+            paths = dict(default)
+            for role, path in given.items():
+                paths[role] = Path(f"{NODE}.pairs.{name}.{role}", path or "", True)
+            pairs[name] = Pair(**paths)
+        return pairs
 
 
 TABLE = tuple(setting for setting in fields(Settings) if setting.name != "chosen")

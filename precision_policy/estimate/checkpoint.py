@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import json
 import math
 import os
@@ -27,6 +27,23 @@ _KINDS = (
 )
 _PIECE: Final = 2**26  # elements that one worker reads at a time
 _SAMPLE: Final = 2**28  # elements looked at, evenly spread: a share of so many is off by 0.003% (one standard error) at most
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The part of a tensor that one worker reads.
+
+    Attributes:
+        file: the file that holds the tensor.
+        name: the tensor's name.
+        start: the first of the tensor's elements that is read.
+        size: how many are.
+    """
+
+    file: Path
+    name: str
+    start: int
+    size: int
 
 
 class CheckpointError(ValueError):
@@ -82,17 +99,24 @@ def summarize(path: Path) -> Summary:
         CheckpointError: a file is missing, empty, or not in the safetensors format, or an extra is not installed.
     """
     safe_open, progress = _libraries()
-    found = files(path)
-    pieces = [piece for file in found for piece in _pieces(safe_open, file)]
-    *before, total = itertools.accumulate((size for *_, size in pieces), initial=0)
-    summary, threads = Summary(stride=parameters.stride_for(total, _SAMPLE)), torch.get_num_threads()
-    samples = [parameters.EvenSample(summary.stride, elements) for elements in before]  # one sample over all tensors
+    pieces: list[_Piece] = []
+    for file in files(path):
+        pieces += _pieces(safe_open, file)
+    total = sum(piece.size for piece in pieces)
+    summary = Summary(stride=parameters.stride_for(total, _SAMPLE))
+    samples = []  # together one sample over all tensors
+    before = 0
+    for piece in pieces:
+        samples.append(parameters.EvenSample(summary.stride, before))
+        before += piece.size
+    count = functools.partial(_count, safe_open)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker counts by itself
     try:
         # Shown on a terminal alone, and only where reading takes longer than two seconds.
         bar = progress(total=total, unit="weights", unit_scale=True, delay=2, disable=None, leave=False)
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for key, dtype, histogram in pool.map(lambda piece, sample: _count(safe_open, sample, *piece), pieces, samples):
+            for key, dtype, histogram in pool.map(count, pieces, samples):
                 size = histogram.total
                 summary.elements[dtype] = summary.elements.get(dtype, 0) + size
                 if dtype in estimate.FORMATS:
@@ -123,23 +147,25 @@ def _libraries() -> tuple[Any, Any]:
     return safe_open, tqdm
 
 
-def _pieces(safe_open: Any, file: Path) -> list[tuple[Path, str, int, int]]:
-    """The parts of a file that one worker reads: the tensor's name, where the part begins, and its elements."""
+def _pieces(safe_open: Any, file: Path) -> list[_Piece]:
+    """The pieces of all tensors of a file; an empty tensor is one too."""
     with _readable(file), safe_open(str(file), framework="pt") as opened:
         sizes = {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    return [(file, name, at, min(_PIECE, size - at)) for name, size in sizes.items() for at in range(0, max(size, 1), _PIECE)]
+    pieces = []
+    for name, size in sizes.items():
+        for start in range(0, max(size, 1), _PIECE):
+            pieces.append(_Piece(file, name, start, min(_PIECE, size - start)))
+    return pieces
 
 
-def _count(
-    safe_open: Any, sample: parameters.EvenSample, file: Path, name: str, start: int, size: int
-) -> tuple[str, torch.dtype, estimate.Histogram]:
-    """The kind, dtype and histogram of one part; the tensor is mapped, not copied."""
-    with _readable(file), safe_open(str(file), framework="pt") as opened:
-        tensor = opened.get_tensor(name)
-        part = tensor.reshape(-1)[start : start + size]
+def _count(safe_open: Any, piece: _Piece, sample: parameters.EvenSample) -> tuple[str, torch.dtype, estimate.Histogram]:
+    """The kind, dtype and histogram of one piece; the tensor is mapped, not copied."""
+    with _readable(piece.file), safe_open(str(piece.file), framework="pt") as opened:
+        tensor = opened.get_tensor(piece.name)
         if tensor.dtype not in estimate.FORMATS:
-            return "", tensor.dtype, estimate.Histogram(tensor.dtype, total=size)
-        return kind(name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)
+            return "", tensor.dtype, estimate.Histogram(tensor.dtype, total=piece.size)
+        part = tensor.reshape(-1)[piece.start : piece.start + piece.size]
+        return kind(piece.name, tensor), tensor.dtype, estimate.histogram([part], tensor.dtype, sample)
 
 
 @contextlib.contextmanager

@@ -143,9 +143,9 @@ def lost_updates(param_groups: Iterable[dict[str, Any]], sample: int | None = No
     estimates = []
     for lr, params in groups:
         for dtype in FORMATS:
-            mine = parameters.trainable(params, (dtype,))
-            if mine:
-                kinds = _by_kind(mine, dtype, step)
+            of_dtype = parameters.trainable(params, (dtype,))
+            if of_dtype:
+                kinds = _by_kind(of_dtype, dtype, step)
                 whole = together(dtype, kinds.values())
                 estimates.append(GroupEstimate(lr, whole, whole.lost(lr), kinds))
     return estimates
@@ -172,8 +172,8 @@ def as_float(number: Any) -> float:
 
 def stride(params: Sequence[torch.Tensor], sample: int | None) -> int:
     """The stride with which about ``sample`` elements are looked at; see :func:`lost_updates` for None."""
-    low = parameters.trainable(params, FORMATS)
-    return parameters.stride_for(sum(parameters.local(p).numel() for p in low), sample or SAMPLE)
+    in_16_bits = parameters.trainable(params, FORMATS)
+    return parameters.stride_for(sum(parameters.local(p).numel() for p in in_16_bits), sample or SAMPLE)
 
 
 def histogram(params: Iterable[torch.Tensor], dtype: torch.dtype, sample: parameters.EvenSample | None = None) -> Histogram:

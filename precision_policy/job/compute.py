@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from precision_policy.job import autocast, compute_words
+from precision_policy.job import autocast, words
 from precision_policy.job.events import Listener
 from precision_policy.job.gradients import FirstGradients
 from precision_policy.job.owners import Owners
@@ -45,6 +45,8 @@ class _Owner:
         self.obstacle: autocast.Obstacle | None = None
         self.saw_autocast = False
         self.call: autocast.Call | None = None
+        # Optimizers over its parameters that have not stepped yet, as far as they were looked for.
+        self.awaited: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def add(self, own: Iterable[torch.Tensor]) -> None:
         self._own.update((id(p), p) for p in own)
@@ -58,10 +60,10 @@ class _Owner:
             return [self.precision.name]
         names = []
         if self.saw_autocast or (self.call is not None and self.call.saw_autocast):
-            names.append(compute_words.APPLICATIONS)
+            names.append(words.APPLICATIONS)
         if self.call is not None and self.call.has_supplied:
-            names.append(compute_words.POLICYS)
-        return names or [compute_words.LEFT_ALONE if self.left_alone else compute_words.NOBODY]
+            names.append(words.POLICYS)
+        return names or [words.LEFT_ALONE if self.left_alone else words.NOBODY]
 
 
 class Compute(Listener):
@@ -80,7 +82,7 @@ class Compute(Listener):
         self._compute_dtype = record.compute_dtype or ""
         frozen = [decision.rule in FROZEN_BASE for decision in record.decisions]
         self._leaves_some_alone = any(frozen) and not all(frozen)
-        self._set_over_checkpoint = any(one.rule == "set" and one.loads_checkpoint_dtype for one in record.decisions)
+        self._set_over_checkpoint = any(map(_set_over_checkpoint, record.decisions))
         self._autocast = autocast.Autocast()
         self._owners = Owners(self._found, self._guarded)
         self._seen: list[_Owner] = []
@@ -104,10 +106,10 @@ class Compute(Listener):
         del self._gradients[optimizer]
         self._owners.forget(optimizer)
         params = _trainable(optimizer)
-        waiting = [owner for other in self._gradients for owner in self._owners_of(_trainable(other))]
         for owner in self._owners_of(params):
-            if owner not in waiting:
-                self._note_no_longer(owner)
+            owner.awaited.discard(optimizer)
+            if owner.call is not None and not self._is_awaited(owner):
+                self._note_no_longer(owner, owner.call)
         fp32 = _in_fp32(params)
         if fp32 and computed.dtype is None:
             self._say_what_it_costs(self._owners_of(fp32), computed, fp32[0].device)
@@ -149,8 +151,8 @@ class Compute(Listener):
             if owner.obstacle is None:
                 # Also where the application autocasts this very call. It need not autocast all of them: an evaluation that
                 # forgets to would compute other numbers than the training did, and slowly. Where the application has entered
-                # autocast, the policy's does nothing. A call that is meant to be exact cannot be told from one that forgets:
-                # autocast(enabled=False) around it looks like none. Inside of the model it is obeyed. accelerate is the same.
+                # autocast, the policy's does nothing. `autocast(enabled=False)` around the model is not seen, so the policy's
+                # autocast is entered anyway; inside the model it works.
                 owner.call = self._autocast.supply(module, device_type)
                 owner.call.has_supplied |= in_graph and not torch.is_autocast_enabled(device_type)
                 return
@@ -172,45 +174,58 @@ class Compute(Listener):
         """The owners of any of these parameters."""
         return [owner for owner in self._seen if any(map(owner.owns, params))]
 
-    def _note_no_longer(self, owner: _Owner) -> None:
-        if owner.call is None:
-            return
-        owner.saw_autocast |= owner.call.saw_autocast
-        if owner.call.supplies:
-            owner.call.notes = False
+    def _is_awaited(self, owner: _Owner) -> bool:
+        """Whether an optimizer over some of its parameters has not stepped yet.
+
+        They are looked for where none is known, and not at each step: there may be an optimizer for each parameter, which steps
+        in the backward pass.
+        """
+        if not owner.awaited:
+            for optimizer in self._gradients:
+                if any(map(owner.owns, _trainable(optimizer))):
+                    owner.awaited.add(optimizer)
+        return len(owner.awaited) > 0
+
+    def _note_no_longer(self, owner: _Owner, call: autocast.Call) -> None:
+        """Keep what its calls were seen under, and look at no further one; a call that supplies autocast goes on doing so."""
+        owner.saw_autocast |= call.saw_autocast
+        if call.supplies:
+            call.notes = False
         else:
-            self._autocast.take_away(owner.call)
+            self._autocast.take_away(call)
             owner.call = None
 
     def _answer(self, optimizer: Optimizer) -> Computed:
+        """Put together what the first gradients tell and what the owners were called under."""
         gradients = self._gradients.get(optimizer)
         seen = None if gradients is None else gradients.read()
         params = _in_fp32(_trainable(optimizer))
         if not params:
             return Computed(None, None)
         owners = self._owners_of(params)
-        named = {owner.precision.dtype if owner.precision else None for owner in owners}
-        dtype = named.pop() if len(named) == 1 else None
-        names = dict.fromkeys(name for owner in owners for name in owner.names())
-        dtype = dtype or seen
+        dtype = _named_dtype(owners) or seen
+        names: list[str] = []
+        for owner in owners:
+            names += owner.names()
+        by = dict.fromkeys(names)
         if dtype is not None:
-            names.pop(compute_words.NOBODY, None)
-        return Computed(dtype, " and ".join(names) or None)
+            by.pop(words.NOBODY, None)
+        return Computed(dtype, " and ".join(by) or None)
 
     def _say_what_it_costs(self, owners: list[_Owner], computed: Computed, device: torch.device) -> None:
         """Warn of fp32 weights that were called under nothing, where 16 bits were asked for or would be fast."""
         obstacles = [owner.obstacle for owner in owners if owner.obstacle is not None and not owner.saw_autocast]
         if self._supplies and not owners:
-            text = compute_words.not_called(self._option, self._compute_dtype, device.type)
-            self._speaker.say_once("not called", logging.WARNING, lambda: text)
+            text = words.not_called(self._option, self._compute_dtype, device.type)
+            self._speaker.say_once("not called", logging.WARNING, text)
         elif self._supplies and obstacles:
-            text = compute_words.not_supplied(self._option, self._compute_dtype, obstacles[0].why, obstacles[0].fix)
-            self._speaker.say_once("not supplied", logging.WARNING, lambda: text)
-        elif self._set_over_checkpoint and computed.by == compute_words.NOBODY:
+            text = words.not_supplied(self._option, self._compute_dtype, obstacles[0].why, obstacles[0].fix)
+            self._speaker.say_once("not supplied", logging.WARNING, text)
+        elif self._set_over_checkpoint and computed.by == words.NOBODY:
             name = bf16_device(device)
             if name is not None:
-                text = compute_words.slow(self._option, name, device.type, multiplies_in_tf32(device))
-                self._speaker.say_once("slow", logging.WARNING, lambda: text)
+                text = words.slow(self._option, name, device.type, multiplies_in_tf32(device))
+                self._speaker.say_once("slow", logging.WARNING, text)
 
     def _guarded(self, call: Callable[..., None], *args: object) -> None:
         """What is done in a call of the application's must not end it."""
@@ -218,7 +233,18 @@ class Compute(Listener):
             call(*args)
         except Exception:
             text = f"{self._option}: it could not be told what a model is computed in; the job goes on"
-            self._speaker.say_once("failed to look", logging.WARNING, lambda: text, exc_info=True)
+            self._speaker.say_once("failed to look", logging.WARNING, text, exc_info=True)
+
+
+def _named_dtype(owners: Iterable[_Owner]) -> str | None:
+    """The dtype that the mixed precision of these models names; None where it names none, or not the same for all."""
+    dtypes = {None if owner.precision is None else owner.precision.dtype for owner in owners}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _set_over_checkpoint(decision: Decision) -> bool:
+    """Whether fp32 was set for a model that would have been loaded in its checkpoint's dtype."""
+    return decision.rule == "set" and decision.loads_checkpoint_dtype
 
 
 def _wants_no_fp32(decision: Decision) -> bool:

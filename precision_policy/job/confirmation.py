@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,14 +40,14 @@ class _Note:
         updated: what they are updated in, in words.
         computed: what they are computed in.
         modules: the outermost modules in which they were called, by number.
-        its: how much there is of them.
+        total: how much there is of them.
     """
 
     stored: str
     updated: str
     computed: Computed
     modules: set[int]
-    its: Sum
+    total: Sum
 
 
 class Confirmation(Listener):
@@ -86,7 +86,7 @@ class Confirmation(Listener):
         """Wait for its first step."""
         self._stepped.discard(optimizer)
         self._awaited.add(optimizer)
-        if holdings.may_be_low(optimizer):
+        if holdings.may_hold_bf16(optimizer):
             self._first_param[optimizer] = _first_param(optimizer)
 
     def stepped(self, optimizer: Optimizer) -> None:
@@ -122,11 +122,12 @@ class Confirmation(Listener):
             of_dtype = [p for p in params if p.dtype is dtype]
             stored = words.ENGINES_COPIES if self._is_swapped(optimizer, dtype) else parameters.short_name(dtype)
             computed = answer if dtype is torch.float32 else Computed(None, None)
-            for updated, its in self._updated(optimizer, dtype, of_dtype, is_rest):
-                self._notes.append(_Note(stored, updated, computed, set(map(id, modules)), its))
+            for updated, total in self._updated(optimizer, dtype, of_dtype, is_rest):
+                self._notes.append(_Note(stored, updated, computed, set(map(id, modules)), total))
         self._note_frozen(optimizer, modules)
 
     def _note_frozen(self, optimizer: Optimizer, modules: list[nn.Module]) -> None:
+        """Add what is frozen in an optimizer's groups and in these modules, each tensor once in a line."""
         beside = [p for group in optimizer.param_groups for p in group["params"]]
         for module in modules:
             if id(module) not in self._counted:
@@ -167,35 +168,55 @@ class Confirmation(Listener):
             # ZeroRedundancyOptimizer is told what the optimizer inside it did. The rest is updated on other ranks.
             yield words.UPDATED_BY_MASTER_WEIGHTS, Sum(whole)
             return
-        kept_tensors = kept.tensors if dtype is torch.bfloat16 else 0
-        if kept_tensors:
-            amount = Amount(kept.tensors, kept.elements, whole.partly) if kept.tensors < len(params) else whole
-            yield words.UPDATED_BY_MASTER_WEIGHTS, Sum(amount, kept.added_bytes)
-        rest = len(params) - kept_tensors
-        if rest > 0:
-            amount = Amount(rest, whole.elements - kept.elements, whole.partly) if kept_tensors else whole
-            yield own if kept.refused else words.NOT_UPDATED, Sum(amount, reasons=Counter(kept.refused))
+        if dtype is torch.float16:
+            yield own if kept.refused else words.NOT_UPDATED, Sum(whole, reasons=_reasons(kept.refused, dtype))
+            return
+        rest = whole
+        if kept.tensors:
+            served = whole
+            if kept.tensors < len(params):
+                served = Amount(kept.tensors, kept.elements, whole.partly)
+            yield words.UPDATED_BY_MASTER_WEIGHTS, Sum(served, kept.added_bytes)
+            rest = Amount(len(params) - kept.tensors, whole.elements - kept.elements, whole.partly)
+        if rest.tensors > 0:
+            reasons = _reasons(kept.refused, dtype)
+            yield own if reasons else words.NOT_UPDATED, Sum(rest, reasons=reasons)
 
     def _tell(self) -> None:
         """Say what was noted; after the first line, only what has not been said yet."""
-        parts: dict[Part, Sum] = {}
-        by_module = {number: note.computed for note in self._notes if note.computed.dtype for number in note.modules}
+        by_module: dict[int, Computed] = {}
         for note in self._notes:
-            computed = note.computed
-            if computed.dtype is None:
-                # Where the gradients do not tell, those of other parameters of the same module may.
-                told = [by_module[number] for number in note.modules if number in by_module]
-                computed = told[0] if told else computed
+            if note.computed.dtype is not None:
+                by_module.update(dict.fromkeys(note.modules, note.computed))
+        parts: dict[Part, Sum] = {}
+        for note in self._notes:
+            computed = _computed(note, by_module)
             part = Part(note.stored, note.updated, words.computed_in(computed.dtype, computed.by))
-            parts.setdefault(part, Sum()).add(note.its)
+            parts.setdefault(part, Sum()).add(note.total)
         remark = ""
-        if self._wants_bf16 and self._masters is not None and not any(part.stored == "bf16" for part in [*parts, *self._told]):
-            remark = words.NOTHING_IN_BF16
+        if self._wants_bf16 and self._masters is not None:
+            stored = {part.stored for part in [*parts, *self._told]}
+            remark = "" if "bf16" in stored else words.NOTHING_IN_BF16
         if not parts.keys() <= self._told:
             text = words.confirmed(self._option, parts, self._optimizers, self._frozen, remark)
             self._speaker.say(logging.INFO, text)
         self._told.update(parts)
         self._begin_a_line()
+
+
+def _computed(note: _Note, by_module: Mapping[int, Computed]) -> Computed:
+    """What is known of some parameters' compute: where their gradients do not tell, those of others of the same module may."""
+    if note.computed.dtype is None:
+        for number in note.modules:
+            if number in by_module:
+                return by_module[number]
+    return note.computed
+
+
+def _reasons(refused: Mapping[str, int], dtype: torch.dtype) -> Counter[str]:
+    """Those of an optimizer's reasons that are about its parameters of one dtype: a single one is about fp16."""
+    is_fp16 = dtype is torch.float16
+    return Counter({reason: count for reason, count in refused.items() if (reason == words.FP16) is is_fp16})
 
 
 def _own_update(optimizer: Optimizer, dtype: torch.dtype) -> str:

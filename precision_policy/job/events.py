@@ -216,7 +216,7 @@ class Events:
             raise
         except Exception:
             text = f"{self._option}: an optimizer could not be judged; the job goes on"
-            self._speaker.say_once("failed", logging.WARNING, lambda: text, exc_info=True)
+            self._speaker.say_once("failed", logging.WARNING, text, exc_info=True)
 
 
 def _updates_parameters(kind: type) -> bool:

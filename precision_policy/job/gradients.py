@@ -26,7 +26,7 @@ _ROUNDED: Final = 0.99  # the share of elements with zero bits above which a gra
 
 
 @dataclass(frozen=True)
-class LowBits:
+class ZeroBits:
     """A sample of a gradient's elements.
 
     Attributes:
@@ -42,8 +42,8 @@ class LowBits:
     distinct: int
 
 
-def low_bits(gradient: torch.Tensor) -> torch.Tensor:
-    """Count in an fp32 gradient what :class:`LowBits` holds, as four int64 on its device, without waiting for that."""
+def zero_bits(gradient: torch.Tensor) -> torch.Tensor:
+    """Count in an fp32 gradient what :class:`ZeroBits` holds, as four int64 on its device, without waiting for that."""
     flat = next(parameters.flat_views(gradient.detach()))
     bits = flat[:: max(1, flat.numel() // _ELEMENTS)].view(torch.int32) & 0x7FFFFFFF
     nonzero = bits != 0
@@ -58,14 +58,14 @@ def low_bits(gradient: torch.Tensor) -> torch.Tensor:
     )
 
 
-def computed_in(samples: Iterable[LowBits]) -> str | None:
+def computed_in(samples: Iterable[ZeroBits]) -> str | None:
     """What matrices were computed in: "bf16", "fp16", either of them "at least in part", or None where gradients do not tell.
 
     One embedding among them whose gradient is a sum must not deny what the others show, so half of them are enough.
     """
-    usable = [one for one in samples if one.nonzero >= _FEWEST and one.distinct >= _DISTINCT]
-    bf16 = sum(one.zero_16 / one.nonzero > _ROUNDED for one in usable)
-    fp16 = sum(one.zero_13 / one.nonzero > _ROUNDED for one in usable) - bf16
+    usable = [sample for sample in samples if sample.nonzero >= _FEWEST and sample.distinct >= _DISTINCT]
+    bf16 = sum(sample.zero_16 / sample.nonzero > _ROUNDED for sample in usable)
+    fp16 = sum(sample.zero_13 / sample.nonzero > _ROUNDED for sample in usable) - bf16
     for name, count in (("bf16", bf16), ("fp16", fp16)):
         if count:
             return name if 2 * count >= len(usable) else f"{name} at least in part"
@@ -78,10 +78,10 @@ class FirstGradients:
     def __init__(self, optimizer: Optimizer) -> None:
         self._seen: list[torch.Tensor] = []
         self._handles: list[Any] = []
-        some: list[torch.Tensor] = []
+        spread: list[torch.Tensor] = []  # evenly over the groups
         for group in optimizer.param_groups[: 4 * _MATRICES]:
-            some += group["params"][:: max(1, len(group["params"]) // (4 * _MATRICES))]
-        matrices = [p for p in some if _can_tell(p)]
+            spread += group["params"][:: max(1, len(group["params"]) // (4 * _MATRICES))]
+        matrices = [p for p in spread if _can_tell(p)]
         for param in matrices[:: max(1, len(matrices) // _MATRICES)][:_MATRICES]:
             handles: list[Any] = []
             handles.append(param.register_hook(functools.partial(self._look, handles)))  # type: ignore[no-untyped-call]  # torch gives it no type
@@ -93,7 +93,7 @@ class FirstGradients:
             handle.remove()
         try:
             if gradient.dtype is torch.float32 and gradient.layout is torch.strided and gradient.numel():
-                self._seen.append(low_bits(gradient))
+                self._seen.append(zero_bits(gradient))
         except Exception:  # a gradient that cannot be read tells nothing, and must not end the backward pass
             return
 
@@ -104,7 +104,7 @@ class FirstGradients:
             return None
         device = self._seen[0].device
         rows: list[list[int]] = torch.stack([row for row in self._seen if row.device == device]).tolist()
-        return computed_in(LowBits(*row) for row in rows)
+        return computed_in(ZeroBits(*row) for row in rows)
 
     def close(self) -> None:
         """Remove the hooks that have not fired."""

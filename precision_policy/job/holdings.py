@@ -20,7 +20,7 @@ NEARLY_NOTHING: Final = 0.01
 DECAY_LIMIT: Final = 2.0**-9
 """Half a bf16 step, relative to the largest weight of an exponent: a smaller change moves no weight at all."""
 
-LOW_BITS: Final = 2
+BYTES_OF_LOW_BITS: Final = 2
 """The bytes for each element that master weights keep beside a bf16 parameter."""
 
 _USUAL_RATE: Final = 1e-5  # shown where a schedule begins at 0 and the group does not tell where it leads
@@ -45,7 +45,7 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class LowGroup:
+class Bf16Group:
     """The trainable bf16 parameters of one parameter group.
 
     Attributes:
@@ -177,7 +177,7 @@ def read(optimizer: Optimizer, known: Known, sample: int | None) -> Holding | No
         known: what is known of it.
         sample: how many weights the shares are read from; see :func:`precision_policy.lost_updates`.
     """
-    groups = low_groups(optimizer)
+    groups = bf16_groups(optimizer)
     if not groups:
         return None
     return Holding(
@@ -199,23 +199,23 @@ def amount(params: Sequence[torch.Tensor]) -> Amount:
 
 def trained(optimizer: Optimizer) -> list[torch.Tensor]:
     """The trainable parameters of an optimizer, each once."""
-    every = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    return list(every.values())
+    by_number = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    return list(by_number.values())
 
 
-def low_groups(optimizer: Optimizer) -> list[LowGroup]:
+def bf16_groups(optimizer: Optimizer) -> list[Bf16Group]:
     """The groups that hold trainable bf16 parameters, with those parameters."""
     found = []
     for group in optimizer.param_groups:
-        mine = parameters.trainable(group["params"], (torch.bfloat16,))
-        if mine:
-            ids = set(map(id, mine))
+        params = parameters.trainable(group["params"], (torch.bfloat16,))
+        if params:
+            ids = set(map(id, params))
             named = zip(group["params"], group.get("param_names") or [], strict=False)
-            found.append(LowGroup(group, mine, [name for p, name in named if id(p) in ids]))
+            found.append(Bf16Group(group, params, [name for p, name in named if id(p) in ids]))
     return found
 
 
-def loss(groups: Sequence[LowGroup], sample: int | None) -> Loss | None:
+def loss(groups: Sequence[Bf16Group], sample: int | None) -> Loss | None:
     """The shares lost by kind, each group at its own learning rate; None where they cannot be read."""
     rates, rate_is = _rates_to_show(groups)
     if not all(map(math.isfinite, rates)):
@@ -229,18 +229,18 @@ def loss(groups: Sequence[LowGroup], sample: int | None) -> Loss | None:
             rows.append(row)
     if not rows:
         return None
-    every = histogram.together(torch.bfloat16, [estimate.histogram for estimate in estimates])
+    whole = histogram.together(torch.bfloat16, [estimate.histogram for estimate in estimates])
     return Loss(
         rows=rows,
         rate=rates[0] if len(set(rates)) == 1 else None,
         rate_is=rate_is,
-        sampled=every.sampled,
+        sampled=whole.sampled,
         of_shard=_is_sharded(groups),
-        loses_a_tenth=every.rate_losing(0.1),
+        loses_a_tenth=whole.rate_losing(0.1),
     )
 
 
-def _row(kind: str, estimates: Iterable[histogram.GroupEstimate], groups: Sequence[LowGroup]) -> Row | None:
+def _row(kind: str, estimates: Iterable[histogram.GroupEstimate], groups: Sequence[Bf16Group]) -> Row | None:
     """The shares of one kind over all groups; None where there is none of it."""
     total, now, tenth = 0, 0.0, 0.0
     for estimate in estimates:
@@ -255,51 +255,51 @@ def _row(kind: str, estimates: Iterable[histogram.GroupEstimate], groups: Sequen
     return Row(kind, sum(map(parameters.whole_size, of_kind)), now / total, tenth / total)
 
 
-def _rates_to_show(groups: Sequence[LowGroup]) -> tuple[list[float], Literal["current", "initial", "assumed"]]:
+def _rates_to_show(groups: Sequence[Bf16Group]) -> tuple[list[float], Literal["current", "initial", "assumed"]]:
     """The rates that the figures are for: where a warm-up begins at 0, those that it leads to."""
-    rates = [histogram.as_float(low.group.get("lr")) for low in groups]
+    rates = [histogram.as_float(held.group.get("lr")) for held in groups]
     if any(rates):
         return rates, "current"
-    initial = [histogram.as_float(low.group.get("initial_lr", 0.0)) for low in groups]
+    initial = [histogram.as_float(held.group.get("initial_lr", 0.0)) for held in groups]
     if all(map(math.isfinite, initial)) and any(initial):
         return initial, "initial"
     return [_USUAL_RATE] * len(rates), "assumed"
 
 
-def decay(optimizer: Optimizer, groups: Sequence[LowGroup]) -> Decay:
+def decay(optimizer: Optimizer, groups: Sequence[Bf16Group]) -> Decay:
     """What becomes of decoupled weight decay, by which part of itself a step shrinks a weight of each group."""
     shrinks = []
-    for low in groups:
-        rate = histogram.as_float(low.group.get("lr"))
-        weight_decay = histogram.as_float(low.group.get("weight_decay", 0.0))
-        is_decoupled = low.group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
+    for held in groups:
+        rate = histogram.as_float(held.group.get("lr"))
+        weight_decay = histogram.as_float(held.group.get("weight_decay", 0.0))
+        is_decoupled = held.group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__)
         if is_decoupled and weight_decay > 0 and rate > 0:
             shrinks.append(rate * weight_decay)
     without_effect = [shrink for shrink in shrinks if shrink < DECAY_LIMIT]
     return Decay(len(without_effect), len(shrinks), max(without_effect, default=0.0))
 
 
-def cost(known: Known, groups: Sequence[LowGroup]) -> Cost:
+def cost(known: Known, groups: Sequence[Bf16Group]) -> Cost:
     """What keeping the updates of these parameters would take."""
     elements, state = 0, 0
-    for low in groups:
-        of_group = sum(parameters.local(p).numel() for p in low.params)
+    for held in groups:
+        of_group = sum(parameters.local(p).numel() for p in held.params)
         elements += of_group
-        state += of_group * (optimizers.state_growth(known, low.group) or 0)
+        state += of_group * (optimizers.state_growth(known, held.group) or 0)
     return Cost(
         weights=2 * elements,
         gradients=2 * elements,
         state=None if known.state_grows is None else state,
-        low_bits=LOW_BITS * elements,
+        low_bits=BYTES_OF_LOW_BITS * elements,
         sharded=_is_sharded(groups),
     )
 
 
-def _is_sharded(groups: Iterable[LowGroup]) -> bool:
-    return any(parameters.is_shard(p) for low in groups for p in low.params)
+def _is_sharded(groups: Iterable[Bf16Group]) -> bool:
+    return any(parameters.is_shard(p) for held in groups for p in held.params)
 
 
-def may_be_low(optimizer: Optimizer) -> bool:
+def may_hold_bf16(optimizer: Optimizer) -> bool:
     """Whether a look at some of its parameters finds one of 2 bytes an element.
 
     Reading every dtype of 10,000 parameters takes a tenth of the time in which their optimizer is constructed. So of a group
@@ -307,12 +307,12 @@ def may_be_low(optimizer: Optimizer) -> bool:
     """
     for group in optimizer.param_groups:
         params = group["params"]
-        some = params if len(params) <= 512 else params[:: len(params) // 64 | 1]
+        looked_at = params if len(params) <= 512 else params[:: len(params) // 64 | 1]
         try:
             # element_size is cheaper than dtype, which has to ask whether the tensor overrides it.
-            found = 2 in map(torch.Tensor.element_size, some)
+            found = 2 in map(torch.Tensor.element_size, looked_at)
         except ValueError:  # a lazy parameter, which has no elements yet, tells its dtype alone
-            found = any(p.dtype in (torch.bfloat16, torch.float16) for p in some)
+            found = any(p.dtype in (torch.bfloat16, torch.float16) for p in looked_at)
         if found:
             return True
     return False

@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 from precision_policy.estimate import histogram, parameters
 from precision_policy.job import optimizers, ranks, words
 from precision_policy.job.events import Listener
+from precision_policy.job.pieces import LOW_BITS, WHOLE
 from precision_policy.job.speaker import Speaker
 
 _PER_GROUP: Final = 2**16  # elements
-# The keys of an optimizer's state under which master weights are kept: the low bits, or under FSDP1 whole copies in fp32.
-_KEYS: Final = ("master_low_bits", "master_param")
 _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -82,21 +81,22 @@ class Monitor(Listener):
         for old, old_master, new, new_master in zip(before.bits, before.masters, after.bits, after.masters, strict=True):
             is_same = old == new
             if new_master is not None:
-                is_same &= new_master == (_initial(old, new_master.dtype) if old_master is None else old_master)
+                before_step = _initial(old, new_master.dtype) if old_master is None else old_master
+                is_same &= new_master == before_step
             total += old.numel()
             same += int(is_same.sum())
         if not total:
             return
-        rates = ", ".join(sorted({f"{histogram.as_float(group.get('lr')):g}" for group in optimizer.param_groups}))
+        rates = {f"{histogram.as_float(group.get('lr')):g}" for group in optimizer.param_groups}
         has_masters = any(master is not None for master in after.masters)
         name, step = optimizers.name(optimizer), self._steps[optimizer]
-        text = words.monitored(self._option, name, step, same, total, rates, has_masters)
+        text = words.monitored(self._option, name, step, same, total, ", ".join(sorted(rates)), has_masters)
         self._speaker.say(logging.INFO, text)
 
     def _fail(self) -> None:
         self._before.clear()
         text = words.monitor_failed(self._option)
-        self._speaker.say_once("monitor", logging.WARNING, lambda: text, exc_info=True)
+        self._speaker.say_once("monitor", logging.WARNING, text, exc_info=True)
 
 
 def _copy(sample: _Sample) -> _Sample:
@@ -133,7 +133,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _kept(optimizer: Optimizer, param: torch.Tensor) -> torch.Tensor | None:
     """The bits of what is kept beside a parameter for master weights; None where there is nothing of its layout."""
     state = optimizer.state.get(param, {})
-    for key in _KEYS:
+    for key in (LOW_BITS, WHOLE):
         if key in state:
             bits, weights = _bits(state[key]), parameters.local(param)
             if bits.shape == weights.shape and bits.stride() == weights.stride():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from precision_policy.job import ranks
@@ -42,9 +42,7 @@ class Speaker:
         with self._lock:
             self.said.discard(what)
 
-    def say_once(self, what: str, level: int, text: Callable[[], str | None], **kwargs: Any) -> None:
-        """Log once in a job. The text is made only then, since it may read the weights; None says nothing."""
-        if self.is_first(what) and ranks.is_rank_zero():
-            told = text()
-            if told is not None:
-                self.say(level, told, **kwargs)
+    def say_once(self, what: str, level: int, text: str, **kwargs: Any) -> None:
+        """Log once in a job."""
+        if self.is_first(what):
+            self.say(level, text, **kwargs)

@@ -86,7 +86,7 @@ class Storage(Listener):
         if self._is_off or self._waits_for_step or self._has_only_adapters:
             return
         known = optimizers.look_up(optimizer)
-        if known is None or known.at_first_step or not holdings.may_be_low(optimizer):
+        if known is None or known.at_first_step or not holdings.may_hold_bf16(optimizer):
             return
         # An engine that is loaded may swap in fp32 copies before the first step: an error waits for that.
         if not (self._is_strict and optimizers.is_engine_loaded()):
@@ -117,6 +117,7 @@ class Storage(Listener):
             self._look_after_first_step(optimizer)
 
     def _look_before_first_step(self, optimizer: Optimizer, known: Known) -> None:
+        """Tell of adapters, judge what was not warned of before, or take the warning back where it is not true any more."""
         if known.keeps(optimizer, torch.bfloat16) == "master":
             self._tell_what_is_wasted(optimizer)
         if self._waits_for_step:
@@ -125,7 +126,7 @@ class Storage(Listener):
             self._tell_of_adapters(optimizer, known)
         elif not self._seen[optimizer].warned:
             self._judge(optimizer, known)
-        elif not holdings.low_groups(optimizer):
+        elif not holdings.bf16_groups(optimizer):
             self._take_back(optimizer)
 
     def _look_at_job(self) -> None:
@@ -140,15 +141,15 @@ class Storage(Listener):
     def _look_after_first_step(self, optimizer: Optimizer) -> None:
         """Judge by what the step did: some weights may be left without master weights, and some may be adapters."""
         known = optimizers.look_up(optimizer)
-        low = [p for group in holdings.low_groups(optimizer) for p in group.params]
-        if known is None or not low:
+        bf16 = [p for group in holdings.bf16_groups(optimizer) for p in group.params]
+        if known is None or not bf16:
             return
         reasons: dict[str, int] = {}
         if self._masters is not None:
             kept = self._masters.kept(optimizer)
             if kept is None:
-                reasons = {words.NOT_BY_TORCH: len(low)}
-            elif kept.tensors < len(low):
+                reasons = {words.NOT_BY_TORCH: len(bf16)}
+            elif kept.tensors < len(bf16):
                 reasons = dict(kept.refused)
             if not reasons:
                 return
@@ -179,7 +180,7 @@ class Storage(Listener):
         stops = self._is_strict and not is_adapter_perhaps
         is_to_be_said = "warning" not in self._speaker.said and ranks.is_rank_zero()
         if not stops and not is_to_be_said:
-            self._seen[optimizer].warned = bool(holdings.low_groups(optimizer))
+            self._seen[optimizer].warned = bool(holdings.bf16_groups(optimizer))
             return
         holding = holdings.read(optimizer, known, self._record.sample)
         if holding is None:
@@ -192,10 +193,10 @@ class Storage(Listener):
         if self._is_strict and is_adapter_perhaps:
             told = words.perhaps_adapters(self._option, told)
         if stops:
-            self._speaker.say_once("warning", logging.ERROR, lambda: told.text)
+            self._speaker.say_once("warning", logging.ERROR, told.text)
             raise Bf16AdamError(told.short)
         if holding.loss is not None and holding.loss.is_nearly_nothing:
-            self._speaker.say_once("nearly nothing", logging.INFO, lambda: told.text)
+            self._speaker.say_once("nearly nothing", logging.INFO, told.text)
         elif self._speaker.is_first("warning"):
             self._said_share = words.share(holding)
             self._speaker.say(logging.WARNING, told.text)
@@ -212,7 +213,7 @@ class Storage(Listener):
             if holding is not None and known.keeps(optimizer, torch.bfloat16) == "nothing":
                 losing.append(holding)
                 # An optimizer may wrap another one over the same parameters.
-                params.update((id(p), p) for group in holdings.low_groups(optimizer) for p in group.params)
+                params.update((id(p), p) for group in holdings.bf16_groups(optimizer) for p in group.params)
         if len(losing) < 2:
             return
         worst = max(map(words.share, losing))
@@ -228,17 +229,17 @@ class Storage(Listener):
         holding = holdings.read(optimizer, known, self._record.sample)
         if holding is not None:
             text = words.adapters(self._option, self._record, holding)
-            self._speaker.say_once("adapters", logging.INFO, lambda: text)
+            self._speaker.say_once("adapters", logging.INFO, text)
 
     def _tell_what_did_not_arrive(self, optimizer: Optimizer) -> None:
         """Say that fp32 was asked for and bf16 came: of the job's only optimizer, as others may be about other models."""
-        groups = holdings.low_groups(optimizer)
+        groups = holdings.bf16_groups(optimizer)
         if not groups or not words.asked_for_fp32(self._record):
             return
         came = holdings.amount([p for group in groups for p in group.params])
-        every = sum(len(group["params"]) for group in optimizer.param_groups)
+        tensors = sum(len(group["params"]) for group in optimizer.param_groups)
         names = [name for group in groups for name in group.names][:3]
-        text = words.not_arrived(self._option, self._record, came.tensors, every, names)
+        text = words.not_arrived(self._option, self._record, came.tensors, tensors, names)
         # Of an optimizer that was warned of, this is the reason.
         self._speaker.say(logging.INFO if self._seen[optimizer].warned else logging.WARNING, text)
 
@@ -247,11 +248,11 @@ class Storage(Listener):
         if fp32:
             elements = sum(parameters.local(p).numel() for p in fp32)
             text = words.wasted(self._option, optimizers.name(optimizer), elements)
-            self._speaker.say_once("wasted", logging.INFO, lambda: text)
+            self._speaker.say_once("wasted", logging.INFO, text)
 
     def _take_back(self, optimizer: Optimizer) -> None:
         """Take back what was said at construction, so that the next optimizer that loses something is warned of."""
         self._seen[optimizer].warned = False
         self._speaker.forget("warning")
         text = words.taken_back(self._option, optimizers.name(optimizer))
-        self._speaker.say_once("taken back", logging.INFO, lambda: text)
+        self._speaker.say_once("taken back", logging.INFO, text)

@@ -1,7 +1,7 @@
 """All texts of the job but the decision's own: what happens to this run, the fix, what that costs, then the figures.
 
-The numbers come from ``holdings.py``. Whatever is to be typed stands on a line of its own, without a remark: log handlers wrap
-long lines, and a setting that is cut in two cannot be pasted.
+The numbers come from ``holdings.py``. In a warning of lost updates, what is to be typed stands on a line of its own, without a
+remark: log handlers wrap long lines, and a setting that is cut in two cannot be pasted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from precision_policy.job.holdings import DECAY_LIMIT, NEARLY_NOTHING, Amount, Cost, Decay, Holding, Loss
 from precision_policy.record import Decision, Record
@@ -112,19 +113,19 @@ def perhaps_adapters(option: str, told: Told) -> Told:
     return Told(f"{told.text}\n{remark}", told.short)
 
 
-def not_arrived(option: str, record: Record, came: int, every: int, names: Sequence[str]) -> str:
+def not_arrived(option: str, record: Record, came: int, tensors: int, names: Sequence[str]) -> str:
     """The line for fp32 storage that was asked for, in a job of a single optimizer whose weights came in bf16.
 
     Args:
         option: how the option that is on is called.
         record: the job's.
         came: how many tensors came in bf16.
-        every: how many tensors the optimizer has.
+        tensors: how many the optimizer has.
         names: the first of their names, where it was given any.
     """
     named = f" ({', '.join(names)})" if names else ""
     return (
-        f"{option}: {asked_for_fp32(record)} asked for fp32 storage, but {came:,} of {every:,} tensors came in bf16{named}: "
+        f"{option}: {asked_for_fp32(record)} asked for fp32 storage, but {came:,} of {tensors:,} tensors came in bf16{named}: "
         f"{_why_it_did_not_arrive(record)}"
     )
 
@@ -152,9 +153,9 @@ def wasted(option: str, optimizer: str, elements: int) -> str:
     )
 
 
-def monitored(option: str, optimizer: str, step: int, same: int, total: int, rates: str, with_low_bits: bool) -> str:
+def monitored(option: str, optimizer: str, step: int, same: int, total: int, rates: str, with_masters: bool) -> str:
     """The monitor's line: the share of a sample that a step left unchanged."""
-    what = "weights with their master weights" if with_low_bits else "weights"
+    what = "weights with their master weights" if with_masters else "weights"
     share_left = f"{same / total:.1%} of a sample of {total:,} {what} left unchanged"
     return f"{option}: step {step:,}: {share_left} by {optimizer} at lr {rates}"
 
@@ -212,11 +213,11 @@ def confirmed(option: str, parts: Mapping[Part, Sum], optimizers: int, frozen: M
     """
     whole = Amount(0, 0)
     clauses = []
-    for part, its in parts.items():
-        whole += its.amount
-        clause = _ways(part, its)
+    for part, total in parts.items():
+        whole += total.amount
+        clause = _ways(part, total)
         if len(parts) > 1:
-            clause = f"{_tensors(its.amount.tensors)} ({_elements(its.amount)}) {clause}"
+            clause = f"{_tensors(total.amount.tensors)} ({_elements(total.amount)}) {clause}"
         clauses.append(clause)
     clauses += [f"{_elements(amount)} frozen, stored in {dtype}" for dtype, amount in frozen.items()]
     if note:
@@ -225,14 +226,14 @@ def confirmed(option: str, parts: Mapping[Part, Sum], optimizers: int, frozen: M
     return f"{option}: {_tensors(whole.tensors, 'trainable ')}, {_elements(whole)}{by}: {'; '.join(clauses)}"
 
 
-def _ways(part: Part, its: Sum) -> str:
+def _ways(part: Part, total: Sum) -> str:
     ways = [f"stored in {part.stored}"]
     if part.updated:
         ways.append(part.updated)
-    if its.added_bytes:
-        ways[-1] += f" (adds {_bytes(its.added_bytes)} per rank)"
-    if its.reasons:
-        ways.append(f"no master weights for {unserved(its.reasons)}")
+    if total.added_bytes:
+        ways[-1] += f" (adds {_bytes(total.added_bytes)} per rank)"
+    if total.reasons:
+        ways.append(f"no master weights for {unserved(total.reasons)}")
     if part.computed:
         ways.append(part.computed)
     return ", ".join(ways)
@@ -250,8 +251,24 @@ NOTHING_IN_BF16 = "no master weights are kept, as nothing trainable is stored in
 NOT_BY_TORCH = "the step never came through a class of torch.optim"
 """Why an optimizer has no master weights where its step did not pass by."""
 
+FP16 = "fp16 needs loss scaling as well"
+"""Why fp16 parameters have no master weights, as ``master_weights.py`` says it; its other reasons count bf16 ones alone."""
+
 ENGINES_COPIES = "fp32 copies that an engine has made of bf16 weights"
 """What parameters are stored in that took the place of bf16 ones between construction and first step."""
+
+
+NOBODY: Final = "no autocast or mixed precision"
+"""What a model is called under where nobody supplies 16 bits."""
+
+LEFT_ALONE: Final = "no autocast of the policy's, which leaves PEFT and quantized models alone"
+"""What such a model is called under, in a job that trains others as well."""
+
+APPLICATIONS: Final = "the application's autocast"
+"""What a model is called under where the application enters it."""
+
+POLICYS: Final = "autocast that the policy supplies"
+"""What a model is called under where the policy enters it."""
 
 
 def updated_in(dtype: str) -> str:
@@ -332,13 +349,13 @@ def _tensors(count: int, which: str = "") -> str:
 def _elements(amount: Amount) -> str:
     """The number of elements, in three digits where it is large."""
     partly = " of this rank's shard" if amount.partly else ""
-    for unit, size in (("B", 10**9), ("M", 10**6)):
-        count = amount.elements / size
-        if count >= 1000:
-            return f"{count:,.0f} {unit} elements{partly}"
-        if count >= 1:
-            return f"{count:,.3g} {unit} elements{partly}"
-    return f"{amount.elements:,} elements{partly}"
+    if amount.elements < 10**6:
+        return f"{amount.elements:,} elements{partly}"
+    rounded = float(f"{amount.elements:.3g}")  # it may reach the next unit: 999,700,000 is 1 B
+    unit, size = ("B", 10**9) if rounded >= 10**9 else ("M", 10**6)
+    count = amount.elements / size
+    shown = f"{count:,.0f}" if rounded >= 1000 * size else f"{count:.3g}"
+    return f"{shown} {unit} elements{partly}"
 
 
 def _cost_of_master_weights(cost: Cost) -> list[str]:
@@ -405,29 +422,21 @@ def _bytes(count: int) -> str:
     return f"{amount:.4g} {unit}"
 
 
-# What the compute dtype costs, and why it is not what was asked for.
-
-
-def slow(option: str, computed: str | None, device: str, device_type: str) -> str:
-    """The warning for fp32 weights that the policy asked for and that are computed in fp32 where bf16 would be fast.
+def slow(option: str, device: str, device_type: str, is_tf32: bool) -> str:
+    """The warning for fp32 weights that the policy asked for, called under nothing where bf16 would be fast.
 
     Args:
-        option: how the option that is on is called.
-        computed: "fp32", "TF32", or None where the gradients did not tell and no autocast or mixed precision was seen.
+        option: the option that is on.
         device: the device's name.
         device_type: its type, as ``torch.autocast`` takes it.
+        is_tf32: whether torch multiplies fp32 matrices in TF32.
     """
-    factor = 3 if computed == "TF32" else 7
-    times = f"about {factor} times slower than in bf16, on an H200"
-    if computed:
-        what = f"computed in {computed} on {device}: {times}"
-    else:
-        what = f"called under no autocast or mixed precision on {device}: {times}, unless the model turns autocast on inside"
+    times = 3 if is_tf32 else 7
     return "\n".join(
         [
-            f"{option}: the fp32 weights are {what}",
-            "  fix, which the option mixed does as well:",
-            "    precision_policy.compute_dtype=bfloat16",
+            f"{option}: the fp32 weights are called under {NOBODY} on {device}: about {times} times slower than in bf16, on an "
+            "H200, unless the model turns autocast on inside",
+            "  fix: precision_policy.compute_dtype=bfloat16  (the option mixed does the same)",
             '  or your framework\'s own: TrainingArguments(bf16=True), Lightning precision="bf16-mixed", accelerate '
             f'mixed_precision="bf16", FSDP2 MixedPrecisionPolicy(param_dtype=torch.bfloat16), '
             f'torch.autocast("{device_type}", torch.bfloat16)',
@@ -436,20 +445,24 @@ def slow(option: str, computed: str | None, device: str, device_type: str) -> st
     )
 
 
-def not_supplied(option: str, compute_dtype: str, computed: str, by: str | None) -> str:
-    """The warning for bf16 compute that was asked for and did not happen.
+def not_supplied(option: str, compute_dtype: str, why: str, fix: str) -> str:
+    """The warning for bf16 compute that was asked for and that the policy keeps out of a model.
 
     Args:
-        option: how the option that is on is called.
+        option: the option that is on.
         compute_dtype: what was asked for.
-        computed: what the weights are computed in.
-        by: the autocast that the model's call is under, or None where no call was seen.
+        why: one clause.
+        fix: what helps, or empty.
     """
-    if by:
-        why = f"the model is called under {by}, but turns it off inside, or does nothing that autocast casts"
-        fix = "look for autocast(enabled=False) in the model"
-    else:
-        why = "no module that owns them was called through its __call__"
-        fix = "call the model as model(...), or put torch.autocast around what computes with it"
-    asked = f"compute_dtype={compute_dtype} was asked for"
-    return f"{option}: {asked}, but the weights are computed in {computed}: {why}\n  fix: {fix}"
+    text = f"{option}: compute_dtype={compute_dtype} was asked for, and is not supplied: {why}"
+    return f"{text}\n  fix: {fix}" if fix else text
+
+
+def not_called(option: str, compute_dtype: str, device_type: str) -> str:
+    """The warning for bf16 compute that was asked for weights that no module was seen to own when it was called."""
+    why = (
+        "until the first step, no module that owns the weights was called through its __call__, outside of functions that "
+        "were compiled before"
+    )
+    fix = f'put torch.autocast("{device_type}", torch.bfloat16) around what computes with the weights'
+    return not_supplied(option, compute_dtype, why, fix)

@@ -26,8 +26,8 @@ from torch import nn
 
 from precision_policy.job import compute
 from precision_policy.job.compute import Computed
-from precision_policy.job.compute_words import APPLICATIONS, LEFT_ALONE, NOBODY, POLICYS
 from precision_policy.job.events import Listener
+from precision_policy.job.words import APPLICATIONS, LEFT_ALONE, NOBODY, POLICYS
 
 pytestmark = pytest.mark.once
 SLOT = "_compiled_call_impl"
@@ -420,6 +420,23 @@ class TestSeveral:
             assert seen.answer(optimizer).by == (NOBODY if one is ON else POLICYS)
             if one is MIXED:
                 assert model.__dict__[SLOT].inner is None
+
+    def test_an_optimizer_for_each_parameter(self, monkeypatch):
+        """At its first step, each is not held against all others: of 10,000 that would take minutes."""
+        looks = []
+        trainable = compute._trainable
+        monkeypatch.setattr(compute, "_trainable", lambda optimizer: looks.append(optimizer) or trainable(optimizer))
+        with watching(ON):
+            model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(40)])
+            optimizers = [torch.optim.SGD([param], lr=1e-3) for param in model.parameters()]
+            model(batch()).sum().backward()
+            assert SLOT in model.__dict__
+            for optimizer in optimizers[:-1]:
+                optimizer.step()
+            assert SLOT in model.__dict__
+            optimizers[-1].step()
+            assert SLOT not in model.__dict__
+        assert len(looks) <= 5 * len(optimizers)
 
     def test_two_optimizers_over_parts_of_one_model(self, warned, gpu):
         """The first one's step does not end what is noted for the second."""

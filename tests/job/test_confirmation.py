@@ -5,6 +5,9 @@ import torch
 from jobs import CHOSEN, NO_MODEL, PEFT, SET, Kept, record, step, weights
 from torch import nn
 
+from precision_policy.job import master_weights
+from precision_policy.job.words import FP16
+
 pytest_plugins = ["armed_job"]
 pytestmark = pytest.mark.once
 
@@ -253,6 +256,32 @@ def test_master_weights_and_nothing_in_bf16_in_a_later_optimizer(arm, confirmed,
     step(torch.optim.SGD(weights(), lr=1e-5))
     step(torch.optim.SGD(weights(torch.float32), lr=1e-5))
     assert confirmed()[1:] == ["1 trainable tensor, 16 elements: stored in fp32, updated in fp32"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        (
+            Kept(0, 0, 0, {"sparse gradients": 1, FP16: 1}),
+            "1 tensor (16 elements) stored in bf16, updated in bf16, no master weights for 1 tensor: sparse gradients; ",
+        ),
+        (Kept(0, 0, 0, {FP16: 1}), "1 tensor (16 elements) stored in bf16, not updated in the first step; "),
+    ],
+)
+def test_bf16_and_fp16_without_master_weights(arm, confirmed, masters, kept, told):
+    """Each is told its own reason, once."""
+    masters.kept = lambda optimizer: kept
+    arm(MASTERS)
+    step(torch.optim.SGD([*weights(), *weights(torch.float16)], lr=1e-5))
+    assert confirmed() == [
+        f"2 trainable tensors, 32 elements: {told}"
+        f"1 tensor (16 elements) stored in fp16, updated in fp16, no master weights for 1 tensor: {FP16}"
+    ]
+
+
+def test_the_reason_of_fp16():
+    """It is told apart by its words."""
+    assert master_weights._FP16 == FP16
 
 
 def test_master_weights_and_fp16(arm, confirmed, masters):

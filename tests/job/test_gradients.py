@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from networks import adamw, autocast_bf16, batch, network
 from torch import nn
 
-from precision_policy.job.gradients import FirstGradients, LowBits, computed_in, low_bits
+from precision_policy.job.gradients import FirstGradients, ZeroBits, computed_in, zero_bits
 
 pytestmark = pytest.mark.once
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.once
     scale=st.floats(1e-6, 1e3),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
-def test_low_bits_of_known_formats(seed, scale, dtype):
+def test_zero_bits_of_known_formats(seed, scale, dtype):
     """A gradient that was rounded to a format on its way is told; of one that was not, nothing is."""
     gradient = torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)) * scale
     limits = torch.finfo(dtype)
     if dtype is torch.float16:  # numbers that the format holds with all of its bits
         gradient = gradient.sign() * gradient.abs().clamp(limits.tiny, limits.max / 2)
     rounded = gradient.to(dtype).float()
-    told = computed_in([LowBits(*low_bits(rounded).tolist())])
+    told = computed_in([ZeroBits(*zero_bits(rounded).tolist())])
     expected = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: None}[dtype]
     few = len(rounded.flatten()[:: max(1, rounded.numel() // 2048)].abs().unique()) < 32
     assert told == (None if few else expected)
@@ -34,9 +34,9 @@ def test_low_bits_of_known_formats(seed, scale, dtype):
 @pytest.mark.parametrize(
     "gradient", [torch.zeros(64, 64), torch.ones(64, 64), torch.randint(-9, 9, (64, 64)).float(), torch.randn(4, 4)]
 )
-def test_low_bits_that_tell_nothing(gradient):
+def test_zero_bits_that_tell_nothing(gradient):
     """Zeros, small integers and tiny matrices look the same in every format."""
-    assert computed_in([LowBits(*low_bits(gradient).tolist())]) is None
+    assert computed_in([ZeroBits(*zero_bits(gradient).tolist())]) is None
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_low_bits_that_tell_nothing(gradient):
     ],
 )
 def test_what_matrices_tell_together(rows, told):
-    assert computed_in([LowBits(*row) for row in rows]) == told
+    assert computed_in([ZeroBits(*row) for row in rows]) == told
 
 
-def test_low_bits_are_counted_exactly():
+def test_zero_bits_are_counted_exactly():
     smallest = torch.tensor(1, dtype=torch.int32).view(torch.float32).item()
     gradient = torch.tensor([0.0, 1.0, -1.0, 1.0 + 2.0**-8, 1.0 + 2.0**-10, 1.0 + 2.0**-23, smallest, -0.0, 1.5])
-    assert LowBits(*low_bits(gradient).tolist()) == LowBits(7, 3, 5, 7)
+    assert ZeroBits(*zero_bits(gradient).tolist()) == ZeroBits(7, 3, 5, 7)
 
 
 def first_gradients(dtype, penalty=0.0):

@@ -211,7 +211,7 @@ def test_a_subclass_that_raises(arm, said):
 
 
 def test_a_failure_of_ours_ends_no_job(armed, said, monkeypatch, caplog):
-    monkeypatch.setattr("precision_policy.job.holdings.low_groups", lambda *a: 1 / 0)
+    monkeypatch.setattr("precision_policy.job.holdings.bf16_groups", lambda *a: 1 / 0)
     torch.optim.AdamW(weights(), lr=1e-5)
     (text,) = said()
     assert "could not be judged" in text

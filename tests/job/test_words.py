@@ -127,10 +127,10 @@ def test_warnings(file_regression):
         lines += [f"{name}: nearly nothing: {nearly_nothing}", told.text, ""]
         assert told.text.startswith(told.short)
 
-    one = cases()["one group"]
+    usual = cases()["one group"]
 
-    def warned(what, its, several=False, sample=None, optimizer=one):
-        lines.extend([what, words.losing("precision_policy=strict", its, read(optimizer, sample), several).text, ""])
+    def warned(what, job, several=False, sample=None, optimizer=usual):
+        lines.extend([what, words.losing("precision_policy=strict", job, read(optimizer, sample), several).text, ""])
 
     warned("a fix that is not known, and a sample", record(NO_MODEL), sample=64)
     warned("a fix that is not known, without master weights", record(NO_MODEL), optimizer=cases()["LBFGS"])
@@ -145,31 +145,37 @@ def test_warnings(file_regression):
 
 def test_lines(file_regression):
     """Everything else."""
-    every = cases()
+    made = cases()
     named = ["layer.0", "layer.1", "layer.2"]
     lines = [
         words.not_arrived(ON, record(SET), 4, 5, named),
         words.not_arrived(ON, record(replace(SET, added=True)), 1000, 1234, []),
         words.taken_back(ON, "torch.optim.Adam"),
         words.wasted(ON, "its.Optimizer", 1024 * 1024 + 64),
-        words.adapters(ON, record(PEFT), read(every["two groups"])),
-        words.adapters(ON, record(replace(PEFT, rule="quantized")), read(every["a high rate"])),
-        words.perhaps_adapters(ON, words.losing(ON, record(PEFT, CHOSEN), read(every["RAdam"]), several=False)).text,
-        words.refused(ON, read(every["one group"]), {"a reason": 2}).text,
-        words.refused(ON, read(every["two groups"]), {"a reason": 1, "another": 1}).text,
-        words.summed_up(ON, [read(every["one group"]), read(every["a warm-up"])], Amount(3, 36_928)),
-        words.summed_up(ON, [read(every["RAdam"]), read(every["Adafactor"])], Amount(1, 1000, True)),
+        words.adapters(ON, record(PEFT), read(made["two groups"])),
+        words.adapters(ON, record(replace(PEFT, rule="quantized")), read(made["a high rate"])),
+        words.perhaps_adapters(ON, words.losing(ON, record(PEFT, CHOSEN), read(made["RAdam"]), several=False)).text,
+        words.refused(ON, read(made["one group"]), {"a reason": 2}).text,
+        words.refused(ON, read(made["two groups"]), {"a reason": 1, "another": 1}).text,
+        words.summed_up(ON, [read(made["one group"]), read(made["a warm-up"])], Amount(3, 36_928)),
+        words.summed_up(ON, [read(made["RAdam"]), read(made["Adafactor"])], Amount(1, 1000, True)),
         words.monitored(ON, "torch.optim.AdamW", 12_000, 1, 3, "1e-05, 0.001", False),
         words.monitored(ON, "torch.optim.AdamW", 1, 65_536, 65_536, "1e-05", True),
     ]
     for elements in (1000, 999_000, 1_000_000, 999_000_000, 1_234_567_000, 1_100_048_000_000):
         part = {Part("fp32", "", ""): Sum(Amount(1, elements))}
         lines.append(words.confirmed(ON, part, 1, {"uint8": Amount(2, 3 * elements, True)}, ""))
-    for computed, by in product((None, "bf16", "TF32"), (None, "the application's autocast")):
+    compute = [
+        *product((None, "bf16"), (None, words.APPLICATIONS, words.POLICYS)),
+        (None, words.NOBODY),
+        (None, words.LEFT_ALONE),
+    ]
+    for computed, by in compute:
         part = {Part("fp32", words.updated_in("fp32"), words.computed_in(computed, by)): Sum(Amount(2, 64))}
         lines.append(words.confirmed(ON, part, 1, {}, ""))
-    lines += [words.slow(ON, kind, "NVIDIA H200", "cuda") for kind in ("fp32", "TF32", None)]
-    lines += [words.not_supplied(ON, "bfloat16", "TF32", by) for by in (None, "the application's autocast")]
+    lines += [words.slow(ON, "NVIDIA H200", "cuda", is_tf32) for is_tf32 in (False, True)]
+    lines += [words.not_supplied(ON, "bfloat16", "a reason", fix) for fix in ("", "do something")]
+    lines.append(words.not_called(ON, "bfloat16", "cuda"))
     file_regression.check("\n".join(lines))
 
 
@@ -178,6 +184,20 @@ def test_sizes():
     assert [words._bytes(size) for size in sizes] == [
         *("0 B", "999 B", "0.9766 KiB", "1 KiB", "999 KiB", "0.9766 MiB", "0.9766 GiB", "1000 GiB", "1.049e+06 GiB")
     ]
+
+
+def test_numbers_of_elements():
+    """The unit is that of the number as it is shown."""
+    told = {
+        999_999: "999,999 elements",
+        1_000_000: "1 M elements",
+        999_499_999: "999 M elements",
+        999_700_000: "1 B elements",
+        12_345_000_000: "12.3 B elements",
+        999_700_000_000: "1,000 B elements",
+        1_234_567_000_000: "1,235 B elements",
+    }
+    assert {count: words._elements(Amount(1, count)) for count in told} == told
 
 
 def test_it_says_what_it_must(armed, said):
