@@ -20,20 +20,14 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from precision_policy.estimate import parameters
-from precision_policy.job import low_bits, resume, swap
+from precision_policy.job import low_bits, resume, swap, words
 from precision_policy.job.events import Events, Listener
 from precision_policy.job.pieces import LOW_BITS, WHOLE, Member, Piece, Scratch, cut, elements_of, scratch_for, scratch_on_cpu
 from precision_policy.job.speaker import Speaker
 from precision_policy.job.torch_states import Kind, base_of, kind_of
 from precision_policy.job.whole_adam import WholeAdam
 
-_LBFGS: Final = "LBFGS works on all parameters as one vector"
-_DIFFERENTIABLE: Final = "differentiable=True keeps the graph of the update"
-_PROPERTY: Final = "its class makes its state or its parameter groups anew each time they are asked for"
-_SPARSE: Final = "its gradients are sparse"
-_SUBCLASS: Final = "it is a tensor of a class that is not known"
-_FP16: Final = "fp16 needs loss scaling as well"
-_STORED_WIDE: Final = "it is not stored in 16 bits"
+_STORED_WIDE: Final = "it is not stored in 16 bits"  # which nobody need be told
 
 
 # On a GPU, many small parameters are worth keeping memory for: to lay out their pieces takes longer than to step them.
@@ -308,11 +302,11 @@ class _Plan:
 def _refusal(optimizer: Optimizer) -> str | None:
     """Why an optimizer is left to torch; None where it is served."""
     if isinstance(optimizer, LBFGS):
-        return _LBFGS
+        return words.LBFGS_IS_ONE_VECTOR
     if any(group.get("differentiable") for group in optimizer.param_groups):
-        return _DIFFERENTIABLE
+        return words.DIFFERENTIABLE
     if any(isinstance(getattr(type(optimizer), name, None), property) for name in ("state", "param_groups")):
-        return _PROPERTY
+        return words.STATE_IS_A_PROPERTY
     return None
 
 
@@ -320,14 +314,14 @@ def _refusal_of(param: torch.Tensor, grad: torch.Tensor) -> str | None:
     """Why a parameter is left to torch; None where it gets a master weight."""
     dtype = param.dtype
     if dtype is torch.float16:
-        return _FP16
+        return words.FP16
     if dtype is not torch.bfloat16:
         return _STORED_WIDE
     if grad.layout is not torch.strided:
-        return _SPARSE
+        return words.SPARSE
     kind: Any = type(param)
     if kind is not nn.Parameter and type(parameters.local(param)).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return _SUBCLASS
+        return words.UNKNOWN_TENSOR
     return None
 
 

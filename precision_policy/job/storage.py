@@ -150,7 +150,7 @@ class Storage(Listener):
             if kept is None:
                 reasons = {words.NOT_BY_TORCH: len(bf16)}
             elif kept.tensors < len(bf16):
-                reasons = dict(kept.refused)
+                reasons = {reason: count for reason, count in kept.refused.items() if reason != words.FP16}
             if not reasons:
                 return
         modules = self._compute.modules(optimizer)

@@ -252,7 +252,14 @@ NOT_BY_TORCH = "the step never came through a class of torch.optim"
 """Why an optimizer has no master weights where its step did not pass by."""
 
 FP16 = "fp16 needs loss scaling as well"
-"""Why fp16 parameters have no master weights, as ``master_weights.py`` says it; its other reasons count bf16 ones alone."""
+"""Why fp16 parameters have no master weights; the other reasons are of bf16 ones."""
+
+LBFGS_IS_ONE_VECTOR = "LBFGS works on all parameters as one vector"
+DIFFERENTIABLE = "differentiable=True keeps the graph of the update"
+STATE_IS_A_PROPERTY = "its class makes its state or its parameter groups anew each time they are asked for"
+SPARSE = "its gradients are sparse"
+UNKNOWN_TENSOR = "it is a tensor of a class that is not known"
+"""Why an optimizer, or one of its parameters, has no master weights."""
 
 ENGINES_COPIES = "fp32 copies that an engine has made of bf16 weights"
 """What parameters are stored in that took the place of bf16 ones between construction and first step."""
@@ -436,7 +443,8 @@ def slow(option: str, device: str, device_type: str, is_tf32: bool) -> str:
         [
             f"{option}: the fp32 weights are called under {NOBODY} on {device}: about {times} times slower than in bf16, on an "
             "H200, unless the model turns autocast on inside",
-            "  fix: precision_policy.compute_dtype=bfloat16  (the option mixed does the same)",
+            "  fix, as by the option mixed:",
+            "    precision_policy.compute_dtype=bfloat16",
             '  or your framework\'s own: TrainingArguments(bf16=True), Lightning precision="bf16-mixed", accelerate '
             f'mixed_precision="bf16", FSDP2 MixedPrecisionPolicy(param_dtype=torch.bfloat16), '
             f'torch.autocast("{device_type}", torch.bfloat16)',

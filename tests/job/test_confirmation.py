@@ -5,7 +5,6 @@ import torch
 from jobs import CHOSEN, NO_MODEL, PEFT, SET, Kept, record, step, weights
 from torch import nn
 
-from precision_policy.job import master_weights
 from precision_policy.job.words import FP16
 
 pytest_plugins = ["armed_job"]
@@ -277,11 +276,6 @@ def test_bf16_and_fp16_without_master_weights(arm, confirmed, masters, kept, tol
         f"2 trainable tensors, 32 elements: {told}"
         f"1 tensor (16 elements) stored in fp16, updated in fp16, no master weights for 1 tensor: {FP16}"
     ]
-
-
-def test_the_reason_of_fp16():
-    """It is told apart by its words."""
-    assert master_weights._FP16 == FP16
 
 
 def test_master_weights_and_fp16(arm, confirmed, masters):
