@@ -13,6 +13,7 @@ from jobs import CHOSEN, NO_MODEL, PEFT, SET, Kept, normal, record, step, weight
 from words import LOST
 
 from precision_policy.job.storage import Bf16AdamError
+from precision_policy.job.words import FP16
 
 pytest_plugins = ["armed_job"]
 pytestmark = pytest.mark.once
@@ -447,6 +448,14 @@ def test_what_is_refused_master_weights(arm, said, masters, kept, words):
     strict = torch.optim.AdamW(weights(count=2), lr=1e-5)
     with pytest.raises(Bf16AdamError, match="no master weights for"):
         step(strict)
+
+
+def test_the_reason_of_fp16_is_none_of_bf16s(arm, said, masters):
+    """A bf16 parameter that has no gradient, beside fp16 ones: nothing of it is lost."""
+    masters.kept = lambda optimizer: Kept(1, 16, 96, {FP16: 1})
+    arm(record(master_weights=True, bf16_adam="error"))
+    step(torch.optim.AdamW([*weights(count=2), *weights(torch.float16)], lr=1e-5))
+    assert said() + said("ERROR") == []
 
 
 def test_refused_adapters_stop_no_job(arm, said, masters):
