@@ -73,6 +73,9 @@ class Record:
         decided = node.get("decision") or {}
         several = [decided] if "rule" in decided else list(decided.values())
         names = {field.name for field in fields(Decision)}
+        decisions = []
+        for values in several:
+            decisions.append(Decision(**{name: values[name] for name in names}))
         return cls(
             enabled=node["enabled"],
             master_weights=node["master_weights"],
@@ -80,5 +83,5 @@ class Record:
             bf16_adam=node["bf16_adam"],
             sample=node["sample"],
             monitor_every=node["monitor"]["every"],
-            decisions=tuple(Decision(**{name: values[name] for name in names}) for values in several),
+            decisions=tuple(decisions),
         )

@@ -233,8 +233,8 @@ class Autocast:
     def take_away(self, call: Call) -> None:
         """Leave the module as it was; for a call that supplies nothing."""
         call.notes = False
-        for module, one in list(self._calls.items()):
-            if one is call:
+        for module, present in list(self._calls.items()):
+            if present is call:
                 del self._calls[module]
                 _leave(module, call)
 
@@ -397,11 +397,11 @@ def own_precision(module: nn.Module) -> Precision | None:
     """The mixed precision of a module, or of parts of it; None without any."""
     found: dict[str, Precision] = {}
     covered: set[int] = set()
-    for one in module.modules():
-        precision = _precision_of(one)
+    for part in module.modules():
+        precision = _precision_of(part)
         if precision is not None:
             found[precision.name] = precision
-            covered.update(id(p) for p in one.parameters())
+            covered.update(id(p) for p in part.parameters())
     if not found:
         return None
     names = " and ".join(found)

@@ -233,4 +233,7 @@ def _own_update(optimizer: Optimizer, dtype: torch.dtype) -> str:
 
 def _first_param(optimizer: Optimizer) -> int:
     """The number of its first parameter: one that is swapped has another."""
-    return next((id(p) for group in optimizer.param_groups for p in group["params"]), 0)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            return id(param)
+    return 0

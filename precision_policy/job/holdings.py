@@ -199,7 +199,11 @@ def amount(params: Sequence[torch.Tensor]) -> Amount:
 
 def trained(optimizer: Optimizer) -> list[torch.Tensor]:
     """The trainable parameters of an optimizer, each once."""
-    by_number = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    by_number = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad:
+                by_number[id(param)] = param
     return list(by_number.values())
 
 
@@ -251,8 +255,12 @@ def _row(kind: str, estimates: Iterable[histogram.GroupEstimate], groups: Sequen
             tenth += counted.total * counted.lost(0.1 * estimate.lr)
     if not total:
         return None
-    of_kind = [p for group in groups for p in group.params if parameters.kind(p) == kind]
-    return Row(kind, sum(map(parameters.whole_size, of_kind)), now / total, tenth / total)
+    elements = 0
+    for group in groups:
+        for param in group.params:
+            if parameters.kind(param) == kind:
+                elements += parameters.whole_size(param)
+    return Row(kind, elements, now / total, tenth / total)
 
 
 def _rates_to_show(groups: Sequence[Bf16Group]) -> tuple[list[float], Literal["current", "initial", "assumed"]]:
@@ -296,7 +304,7 @@ def cost(known: Known, groups: Sequence[Bf16Group]) -> Cost:
 
 
 def _is_sharded(groups: Iterable[Bf16Group]) -> bool:
-    return any(parameters.is_shard(p) for held in groups for p in held.params)
+    return any(any(map(parameters.is_shard, group.params)) for group in groups)
 
 
 def may_hold_bf16(optimizer: Optimizer) -> bool:

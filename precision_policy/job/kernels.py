@@ -172,7 +172,9 @@ def _prepare(columns: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, torch.Tens
     sizes = tuple([tensor.numel() for tensor in columns[0]])
     stream = _stream_of(device)
     places, programs = _blocks(sizes, device, stream)
-    entries = [tensor.data_ptr() for column in columns for tensor in column]
+    entries: list[int] = []
+    for column in columns:
+        entries += [tensor.data_ptr() for tensor in column]
     table, is_aligned = _table((*entries, *sizes), len(columns) + 1, device, stream)
 
     def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:

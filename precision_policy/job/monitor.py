@@ -60,7 +60,9 @@ class Monitor(Listener):
         step = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if step % self._every == 0 and ranks.is_rank_zero():
             # The step may add groups to the optimizer: both looks are at what is there now.
-            groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+            groups = []
+            for group in optimizer.param_groups:
+                groups.append([param for param in group["params"] if param.requires_grad])
             try:
                 self._before[optimizer] = groups, _copy(_sample(optimizer, groups))
             except Exception:

@@ -141,20 +141,20 @@ class Storage(Listener):
     def _look_after_first_step(self, optimizer: Optimizer) -> None:
         """Judge by what the step did: some weights may be left without master weights, and some may be adapters."""
         known = optimizers.look_up(optimizer)
-        bf16 = [p for group in holdings.bf16_groups(optimizer) for p in group.params]
-        if known is None or not bf16:
+        count = sum(len(group.params) for group in holdings.bf16_groups(optimizer))
+        if known is None or not count:
             return
         reasons: dict[str, int] = {}
         if self._masters is not None:
             kept = self._masters.kept(optimizer)
             if kept is None:
-                reasons = {words.NOT_BY_TORCH: len(bf16)}
-            elif kept.tensors < len(bf16):
-                reasons = {reason: count for reason, count in kept.refused.items() if reason != words.FP16}
+                reasons = {words.NOT_BY_TORCH: count}
+            elif kept.tensors < count:
+                reasons = {reason: tensors for reason, tensors in kept.refused.items() if reason != words.FP16}
             if not reasons:
                 return
         modules = self._compute.modules(optimizer)
-        is_frozen_base = any(not p.requires_grad for module in modules for p in module.parameters())
+        is_frozen_base = any(map(_has_frozen, modules))
         if self._has_only_adapters or (self._has_adapters and is_frozen_base):
             self._tell_of_adapters(optimizer, known)
         else:
@@ -213,7 +213,8 @@ class Storage(Listener):
             if holding is not None and known.keeps(optimizer, torch.bfloat16) == "nothing":
                 losing.append(holding)
                 # An optimizer may wrap another one over the same parameters.
-                params.update((id(p), p) for group in holdings.bf16_groups(optimizer) for p in group.params)
+                for group in holdings.bf16_groups(optimizer):
+                    params.update((id(param), param) for param in group.params)
         if len(losing) < 2:
             return
         worst = max(map(words.share, losing))
@@ -256,3 +257,7 @@ class Storage(Listener):
         self._speaker.forget("warning")
         text = words.taken_back(self._option, optimizers.name(optimizer))
         self._speaker.say_once("taken back", logging.INFO, text)
+
+
+def _has_frozen(module: torch.nn.Module) -> bool:
+    return any(not param.requires_grad for param in module.parameters())
