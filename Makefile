@@ -36,10 +36,11 @@ test-heavy: .venv-heavy/ready
 	@echo "== Ray, Optuna, DeepSpeed =="
 	.venv-heavy/bin/pytest -n $(JOBS) tests/applications/test_heavy.py
 
-test-oldest:  ## what Hydra and the config can change, with torch 2.4.0, Hydra 1.3.0 and Python 3.10, where it is there
+test-oldest:  ## composition, Hydra and the job with torch 2.4.0, Hydra 1.3.0 and Python 3.10, where it is there
 test-oldest: .venv-oldest/ready
 	@echo "== oldest: torch 2.4.0, Hydra 1.3.0, $$(.venv-oldest/bin/python --version) =="
-	.venv-oldest/bin/pytest -n $(JOBS) -m "not once and not heavy" tests/hydra tests/composition
+	.venv-oldest/bin/pytest -n $(JOBS) -m "not once and not heavy and not newest" tests/hydra tests/composition
+	.venv-oldest/bin/pytest -n $(JOBS) -m "not newest" tests/job
 
 demo:  ## the main job: fine-tune a small checkpoint as is and with the policy, three seeds each: two minutes on 2 cores
 demo: .venv-demo/ready

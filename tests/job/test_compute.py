@@ -346,6 +346,7 @@ class TestNotSupplied:
                                                  "that have an autocast of their own")  # fmt: skip
             assert text.splitlines()[1] == "  fix: one process for each GPU, with torch.nn.parallel.DistributedDataParallel"
 
+    @pytest.mark.newest
     def test_fsdp_that_names_fp32(self, warned, one_rank):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -452,6 +453,7 @@ class TestSeveral:
             assert seen.answer(first) == Computed(None, NOBODY)
             assert seen.answer(second) == Computed(None, APPLICATIONS)
 
+    @pytest.mark.newest
     def test_models_that_are_gone_are_forgotten(self):
         with watching() as seen:
             for seed in range(3):
@@ -477,6 +479,7 @@ class TestSeveral:
             assert nn.Module.__call__ is plain
             assert not is_in_fp32(later(batch()))
 
+    @pytest.mark.newest
     def test_who_supplied_what_is_gone_is_not_said_of_what_has_its_number(self, warned):
         with watching() as seen:
             model = network()
@@ -561,6 +564,7 @@ class TestLeftAlone:
             assert seen.answer(its) == Computed("bf16", POLICYS)
 
 
+@pytest.mark.newest
 class TestOwnPrecision:
     """Where models bring a mixed precision along, nothing is added."""
 
@@ -664,6 +668,7 @@ def test_functional_call_first(warned, params):
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("one", [ON, MIXED], ids=["on", "mixed"])
+@pytest.mark.newest
 def test_a_compiled_loss_function(warned, gpu, one, own):
     """Supplied within its graph. Without ``mixed``, the graph is torch's own, and is compiled once."""
     torch._dynamo.reset()
@@ -697,6 +702,7 @@ def test_a_compiled_loss_function(warned, gpu, one, own):
     assert len(warned()) == (one is ON and not own)
 
 
+@pytest.mark.newest
 def test_a_function_that_was_compiled_before_the_optimizer_was_made(warned):
     """Its graph calls no module any more: supplied is what is compiled anew; and the reason is said."""
     torch._dynamo.reset()

@@ -225,6 +225,7 @@ def test_an_error_that_is_meant_to_stop_the_job_does():
     events.end()
 
 
+@pytest.mark.newest
 def test_whether_a_step_comes_here(events):
     """Not where a scheduler took it before the class was served."""
     served = torch.optim.SGD([parameter()])

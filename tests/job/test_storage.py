@@ -284,6 +284,7 @@ def linear(dtype=torch.bfloat16):
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).to(dtype)
 
 
+@pytest.mark.newest
 def test_asked_for_and_not_arrived(arm, said):
     """Certain at the first step of a job with one optimizer; at its construction, another may still come."""
     arm(record(SET))

@@ -117,6 +117,7 @@ def cases():
     }
 
 
+@pytest.mark.newest
 def test_warnings(file_regression):
     """What an optimizer that loses updates is told at its construction."""
     lines = []
@@ -143,6 +144,7 @@ def test_warnings(file_regression):
     file_regression.check("\n".join(lines))
 
 
+@pytest.mark.newest
 def test_lines(file_regression):
     """Everything else."""
     made = cases()
