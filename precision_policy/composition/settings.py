@@ -161,7 +161,7 @@ class Settings:
         "warn",
         lambda value: value in ("warn", "error", "ignore"),
         "Use warn, error or ignore.",
-        "what an Adam over bf16 weights leads to: `warn`, `error`, `ignore`",
+        "what an optimizer of `torch.optim` that loses updates of bf16 weights leads to: `warn`, `error`, `ignore`",
     )
     sample: int | None = _setting(
         None,
