@@ -15,7 +15,7 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -50,8 +50,7 @@ def join(values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor], weights: 
         lows: the low bits, int16 viewed as bf16, with the strides of the values.
         weights: fp32, with the same strides; overwritten.
     """
-    launch, table = _prepare([values, lows, weights])
-    launch(_join, table)
+    prepare(values, lows, weights).join()
 
 
 def split(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]) -> None:
@@ -62,15 +61,20 @@ def split(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows:
         values: bf16, with the same strides; overwritten.
         lows: the low bits, as in :func:`join`; overwritten.
     """
-    prepare_split(weights, values, lows)()
+    prepare(values, lows, weights).split()
 
 
-def prepare_split(
-    weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor]
-) -> Callable[[], None]:
-    """Make all that :func:`split` needs memory for; what is returned does the work, and can be called again."""
+class Prepared(NamedTuple):
+    """What :func:`join` and :func:`split` do with some tensors, made ready: it needs no memory, and can be repeated."""
+
+    join: Callable[[], None]
+    split: Callable[[], None]
+
+
+def prepare(values: Sequence[torch.Tensor], lows: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> Prepared:
+    """Make all that :func:`join` and :func:`split` need memory for, once for both."""
     launch, table = _prepare([values, lows, weights])
-    return functools.partial(launch, _split, table)
+    return Prepared(functools.partial(launch, _join, table), functools.partial(launch, _split, table))
 
 
 def adam(

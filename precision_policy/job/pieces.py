@@ -7,6 +7,7 @@ leaves of all pieces lie in the same memory, so fp32 copies exist for one piece 
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
@@ -169,6 +170,9 @@ class Piece:
         can_use_kernels = all(member.is_dense and not member.keeps_whole for member in members)
         self._kernels = kernels_on(only.device) if can_use_kernels else None
         self._split: Callable[[], None] | None = None
+        # What the kernels were made ready for when the leaves were joined.
+        self._joined: list[torch.Tensor] = []
+        self._split_of_joined: Callable[[], None] | None = None
         self.views = self._views_of(scratch.weights, offsets)
         self._grads = self._views_of(scratch.grads, offsets)
         if not self._is_flat and self._kernels is None:
@@ -228,7 +232,9 @@ class Piece:
         values = self._present_values()
         present = [low for low in lows if low is not None]
         if self._kernels is not None and len(present) == len(lows):
-            self._kernels.join(self.of_all(values), self.of_all(present), self.views)
+            prepared = self._kernels.prepare(self.of_all(values), self.of_all(present), self.views)
+            prepared.join()
+            self._joined, self._split_of_joined = present, prepared.split
             return
         if self._is_flat:
             self._weights.copy_(self.of(values[0]))
@@ -261,9 +267,14 @@ class Piece:
 
     def prepare_write(self, kept: Sequence[torch.Tensor]) -> None:
         """Get the memory that writing needs, before anything is written."""
-        if self._kernels is not None:
-            targets = self.of_all(self._present_values())
-            self._split = self._kernels.prepare_split(self.views, targets, self.of_all(kept))
+        if self._kernels is None:
+            return
+        self._split, self._split_of_joined = self._split_of_joined, None
+        is_as_joined = len(kept) == len(self._joined) and all(map(operator.is_, kept, self._joined))
+        self._joined = []
+        if self._split is None or not is_as_joined:
+            values = self.of_all(self._present_values())
+            self._split = self._kernels.prepare(values, self.of_all(kept), self.views).split
 
     def round_off(self) -> None:
         """Make ready what :meth:`write` writes; it can be done again. The gradients are lost."""
