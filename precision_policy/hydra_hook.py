@@ -200,8 +200,10 @@ def _override(original: Callable[..., None], overrides: Sequence[Any], cfg: Dict
             continue
         is_the_applications = _is_in_block(cfg, override, composition)
         if not composition.is_on and not is_the_applications:
+            option = "master_weights" if key == f"{_NODE}.master_weights" else "on"
             raise ConfigCompositionException(
-                f"{override.input_line}: no option of the policy is chosen, so this setting does nothing.\nAdd +{_NODE}=on."
+                f"{override.input_line}: no option of the policy is chosen, so this setting does nothing.\n"
+                f"Add +{_NODE}={option}."
             )
         if is_the_applications:
             theirs.append(override)

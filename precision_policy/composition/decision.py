@@ -45,6 +45,8 @@ def decide(facts: Facts) -> Decision:
     anyway = f" (fp32 storage all the same: {fix})" if fix else ""
     # Where nobody judges the optimizer, nobody is said to.
     watched = "; the optimizer that the job builds is watched" if settings.bf16_adam != "ignore" else ""
+    if settings.master_weights:
+        watched = "; the optimizer that the job builds is to keep master weights of bf16 parameters"
     not_computed = "; no bf16 compute is supplied to it" if settings.compute_dtype else ""
 
     if facts.peft is not None:
@@ -108,6 +110,8 @@ def _unchosen(key: DtypeKey, model: Model, optimizer: ConfiguredOptimizer, setti
     keeps_none = f"{optimizer} keeps no fp32 master copy"
     loads = model.loads_checkpoint_dtype or key.value == "auto"
     if not settings.write:
+        if settings.master_weights:
+            keeps_none = f"{optimizer} is to keep master weights of bf16 parameters"
         why = f"{keeps_none}; write=false leaves the config as it is (fp32 storage: {fix})"
         return Decision("warn_only", key.path, key.value, key.value, why, fix, loads_checkpoint_dtype=loads)
     why = f"{keeps_none} (keep bf16: {key.override}={BF16_FOR_FP32[str(settings.storage_dtype)]})"
