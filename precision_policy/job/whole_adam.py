@@ -125,22 +125,27 @@ class WholeAdam:
         beta1, beta2 = group["betas"]
         values = [row.value for row in rows]
         steps = [row.step for row in rows]
-        kernels_on(device).adam(
-            values,
-            [row.low for row in rows],
-            [row.grad for row in rows],
-            [row.exp_avg for row in rows],
-            [row.exp_avg_sq for row in rows],
-            count=count,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            decoupled=group.get("decoupled_weight_decay", base_of(type(optimizer)) is AdamW),
-            fused=bool(group.get("fused")),
-        )
+        # Counted first: where the kernel cannot be started, for want of memory say, that is taken back.
         torch._foreach_add_(steps, 1)
+        try:
+            kernels_on(device).adam(
+                values,
+                [row.low for row in rows],
+                [row.grad for row in rows],
+                [row.exp_avg for row in rows],
+                [row.exp_avg_sq for row in rows],
+                count=count,
+                lr=float(group["lr"]),
+                beta1=float(beta1),
+                beta2=float(beta2),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                decoupled=group.get("decoupled_weight_decay", base_of(type(optimizer)) is AdamW),
+                fused=bool(group.get("fused")),
+            )
+        except BaseException:
+            torch._foreach_sub_(steps, 1)
+            raise
         note_writes(values)
         for row in rows:
             row.count, row.version = count, row.step._version

@@ -82,6 +82,39 @@ def test_a_launch_is_made_as_soon_as_it_is_worth_it(by_kernel, monkeypatch):
     assert by_kernel.launches == [16, 16, 32, 32]
 
 
+def test_a_launch_that_fails_leaves_each_parameter_with_the_whole_step_or_none(by_kernel, monkeypatch):
+    """The parameters of the launches before it have made the step; the next step goes on for all."""
+    monkeypatch.setattr("precision_policy.job.whole_adam._ENOUGH_FOR_A_LAUNCH", 10)
+    params = [nn.Parameter(torch.ones(8, device=DEVICE, dtype=torch.bfloat16)) for _ in range(6)]
+    optimizer = torch.optim.AdamW(params, lr=1e-2)
+
+    def step():
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    step()
+    from precision_policy.job import kernels
+
+    working, calls = kernels.adam, []
+
+    def fails_at_the_second(*columns, **numbers):
+        calls.append(columns)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        working(*columns, **numbers)
+
+    monkeypatch.setattr(kernels, "adam", fails_at_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 2, 1, 1, 1, 1]
+    weights = fp32_weights(optimizer)
+    assert bool((weights[params[0]] < weights[params[2]]).all())
+    assert all(torch.equal(weights[param], weights[params[2]]) for param in params[2:])
+    step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [3, 3, 2, 2, 2, 2]
+
+
 @pytest.mark.parametrize("way", ["loaded", "written"])
 def test_the_number_of_steps_is_that_of_the_state(by_kernel, way):
     """Also where a checkpoint or the application has put another one there."""
