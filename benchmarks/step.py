@@ -1,11 +1,14 @@
 """What master weights cost an optimizer's step, beside the same step as is and on fp32 storage; ratios within one run.
 
-``python benchmarks/step.py``: on a GPU where there is one, else on a CPU.
+``python benchmarks/step.py [FOLDER]``: on a GPU where there is one, else on a CPU. Rows are added to ``step.csv`` in the folder.
 """
 
+import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -70,6 +73,17 @@ def memory(shapes: list[tuple[int, ...]], kind: str, keeps: bool) -> float:
     return peak() / sum(torch.Size(shape).numel() for shape in shapes)
 
 
+COLUMNS = ["device", "tensors", "optimizer", "as_is_ms", "fp32_ms", "masters_ms", "as_is_bytes", "masters_bytes"]
+
+
+def add(row: dict[str, str]) -> None:
+    """Add a row to the file, where one was named."""
+    if len(sys.argv) > 1:
+        device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+        with Path(sys.argv[1], "step.csv").open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"device": device, **row})
+
+
 def main() -> None:
     print(torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads", torch.__version__)
     for name, shapes in SHAPES.items():
@@ -82,6 +96,8 @@ def main() -> None:
                 "masters": kept,
             }
             times = measure(ways)
+            told = {"as_is_ms": "bf16 as is", "fp32_ms": "fp32", "masters_ms": "masters"}
+            add({"tensors": name, "optimizer": kind, **{key: f"{1000 * times[way]:.2f}" for key, way in told.items()}})
             print(
                 f"{name:22}{kind:16}"
                 + "".join(f"{way} {1000 * taken:8.2f} ms  " for way, taken in times.items())
@@ -92,6 +108,8 @@ def main() -> None:
         for shapes in ([(2**29,)], [(2**20,)] * 512):
             for kind in OPTIMIZERS:
                 as_is, kept = memory(shapes, kind, keeps=False), memory(shapes, kind, keeps=True)
+                size = {"as_is_bytes": f"{as_is:.2f}", "masters_bytes": f"{kept:.2f}"}
+                add({"tensors": f"{len(shapes)} of {shapes[0][0]:,}", "optimizer": kind, **size})
                 print(f"peak of {len(shapes)} tensors, {kind}: {as_is:.2f} bytes an element as is, {kept:.2f} with masters")
 
 
