@@ -42,7 +42,7 @@ test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/pytest -n $(JOBS) -m "not once and not heavy and not newest" tests/hydra tests/composition
 	.venv-oldest/bin/pytest -n $(JOBS) -m "not newest" tests/job
 
-demo:  ## the main job: fine-tune a small checkpoint as is and with the policy, three seeds each: two minutes on 2 cores
+demo:  ## the main job: fine-tune a small checkpoint as is and with the policy, three seeds each: three minutes on 2 cores
 demo: .venv-demo/ready
 	.venv-demo/bin/python examples/demo.py $(CURDIR)/.demo
 
