@@ -21,9 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK: Final = (
-    2**10
-)  # elements that one program works on: four to a thread, so that all of a warp's reads are of 8 or 16 bytes
+# Elements that one program works on, and its warps: four elements to a thread, read 8 or 16 bytes at once.
+_BLOCK: Final = 2**10
 _WARPS: Final = 8
 _ALIGNMENT: Final = 16  # bytes that one thread reads at once
 

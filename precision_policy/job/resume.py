@@ -84,22 +84,11 @@ def let_low_bits_be_missing() -> Callable[[], None] | None:
     if planner is None:
         return None
 
-    is_over = False
-
     def plan(make_plan: Callable[..., Any], state_dict: dict[str, Any], metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_over:
-            return make_plan(state_dict, metadata, *args, **kwargs)
         wanted = {}
         for name, value in state_dict.items():
             if name in metadata.state_dict_metadata or not name.endswith((f".{LOW_BITS}", f".{WHOLE}")):
                 wanted[name] = value
         return make_plan(wanted, metadata, *args, **kwargs)
 
-    unwrap = wrap(planner, "create_default_local_load_plan", plan)
-
-    def undo() -> None:
-        nonlocal is_over
-        is_over = True
-        unwrap()
-
-    return undo
+    return wrap(planner, "create_default_local_load_plan", plan)

@@ -31,19 +31,15 @@ def follow(arm: Arm, record: Record, option: str, speaker: Speaker) -> Iterator[
         speaker: knows what was said already, and need not be said again.
     """
     passenger = _Passenger(arm, record, option, speaker)
-    is_over = False
 
     def start(original: Callable[..., None], process: BaseProcess) -> None:
-        # Somebody may have wrapped this in turn, and then it is called after its end too.
-        if not is_over:
-            process._precision_policy = passenger  # type: ignore[attr-defined]  # is pickled with it
+        process._precision_policy = passenger  # type: ignore[attr-defined]  # is pickled with it
         original(process)
 
     unwrap = wrap(BaseProcess, "start", start)
     try:
         yield
     finally:
-        is_over = True
         unwrap()
 
 

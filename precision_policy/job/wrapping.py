@@ -10,7 +10,7 @@ from typing import Any
 def wrap(place: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Call ``around(original, *args, **kwargs)`` in place of a method of a class, or a function of a module.
 
-    Whoever has wrapped it in turn keeps this wrapper after its end, so ``around`` must then do nothing of its own.
+    Whoever has wrapped it in turn keeps this wrapper after its end. It then calls what stood there before, and nothing else.
 
     Args:
         place: the class or module.
@@ -24,11 +24,15 @@ def wrap(place: Any, name: str, around: Callable[..., Any]) -> Callable[[], None
     if original is None:
         return lambda: None
 
+    is_over = False
+
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+        return original(*args, **kwargs) if is_over else around(original, *args, **kwargs)
 
     def undo() -> None:
+        nonlocal is_over
+        is_over = True
         if getattr(place, name) is wrapper:
             setattr(place, name, original)
 
