@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -210,10 +210,12 @@ def _flat_copy(tensors: list[torch.Tensor]) -> torch.Tensor:
     return flat
 
 
-def _changed_by_step(groups: Iterable[Entry], kind: Kind, entries: Sequence[Entry]) -> list[torch.Tensor]:
-    """The states that a step which raises may leave changed. A fused one is a single kernel, but counts before that."""
+def _changed_by_step(groups: Sequence[Entry], kind: Kind, entries: Sequence[Entry]) -> list[torch.Tensor]:
+    """The states that a step which raises may leave changed."""
     names = ("step", *kind.numbers)
-    if not all(group.get("fused") for group in groups):
+    # A fused step counts first; what it does to the tensors of one group and device is a single kernel.
+    is_one_kernel = kind.by_tensor and len(groups) == 1 and groups[0].get("fused")
+    if not is_one_kernel:
         names += kind.states
     if not kind.is_known:
         names = tuple({name for entry in entries for name in entry})

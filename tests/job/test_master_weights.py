@@ -102,7 +102,7 @@ def test_an_exception_leaves_each_parameter_with_the_whole_step_or_none(serving,
     monkeypatch.setattr("precision_policy.job.pieces._MOST_ON_CPU", 64)
 
     def prepared():
-        params = [nn.Parameter(torch.linspace(-2, 3, size).to(bf16)) for size in (20, 130, 7)]
+        params = [nn.Parameter(torch.linspace(-2, 3, size).to(bf16)) for size in (20, 7, 130)]
         optimizer = ATOMIC[name]([{"params": params[:1]}, {"params": params[1:]}])
         for seed in range(steps_before + 1):
             for param in params:
