@@ -191,6 +191,7 @@ class MasterWeights(Listener):
                 rest.append(param)
             plan.rest.append(rest)
         plan.members = list(dict.fromkeys(occurrences))
+        plan.devices = {member.device for member in plan.members}
         for member, times in Counter(occurrences).items():
             member.times = times
         if plan.members == before.members:
@@ -202,11 +203,11 @@ class MasterWeights(Listener):
 
         Those of a CUDA graph are its own: what they are stepped by depends on whether a graph is captured.
         """
-        if any(_is_captured(device) for device in _by_device(plan.members)):
+        if any(_is_captured(device) for device in plan.devices):
             return self._cut(plan.members, plan.kind)
         if plan.pieces is None:
             pieces = self._cut(plan.members, plan.kind)
-            if elements_of(plan.members) > _KEPT_ELEMENTS and any(member.device.type != "cpu" for member in plan.members):
+            if elements_of(plan.members) > _KEPT_ELEMENTS and any(device.type != "cpu" for device in plan.devices):
                 return pieces
             plan.pieces = pieces
         return plan.pieces
@@ -257,6 +258,7 @@ class _Plan:
         kind: what is known of the optimizer's step.
         whole_adam: makes that step where it is Adam's and nothing about it is unusual.
         members: those that are stepped by master weights.
+        devices: where they are.
         rest: for each parameter group, those that torch steps as they are.
         refused: for each reason, how many of these are of 16 bits.
         pieces: of the members, where they can be used again.
@@ -266,6 +268,7 @@ class _Plan:
     kind: Kind
     whole_adam: WholeAdam
     members: list[Member] = field(default_factory=list)
+    devices: set[torch.device] = field(default_factory=set)
     rest: list[list[torch.Tensor]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     pieces: list[list[Piece]] | None = None

@@ -24,6 +24,8 @@ WHOLE: Final = "master_param"
 # How many elements are stepped together. On a CPU they stay in its cache; on a GPU a launch must be worth its while.
 _MOST_ON_CPU: Final = 2**20
 _MOST_ON_GPU: Final = 2**26
+# Members of this mean size are worth a copy of their states, if torch then steps all of them as one tensor.
+_SMALL: Final = 2**14
 # Leaves begin at multiples of so many elements: kernels read several elements at once where these are aligned.
 _ALIGNMENT: Final = 16
 
@@ -59,6 +61,11 @@ class Scratch:
     def lows(self) -> torch.Tensor:
         """Low bits on their way from and to several states."""
         return self._make(torch.bfloat16)
+
+    @functools.cached_property
+    def states(self) -> torch.Tensor:
+        """A state of parameters that are stepped as one tensor."""
+        return self._make(torch.float32)
 
     def _make(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(self.size, dtype=dtype, device=self.device)
@@ -173,6 +180,8 @@ class Piece:
         # What the kernels were made ready for when the leaves were joined.
         self._joined: list[torch.Tensor] = []
         self._split_of_joined: Callable[[], None] | None = None
+        self._offsets = offsets
+        self._are_small = len(members) > 1 and self.size <= _SMALL * len(members)
         self.views = self._views_of(scratch.weights, offsets)
         self._grads = self._views_of(scratch.grads, offsets)
         if not self._is_flat and self._kernels is None:
@@ -202,12 +211,42 @@ class Piece:
             found[member.group] += [leaf] * member.times
         return found
 
+    def is_better_as_one(self) -> bool:
+        """Whether the members are so small that to step them as one tensor is quicker, and can be."""
+        return self._are_small and all(member.times == 1 for member in self.members)
+
+    @functools.cached_property
+    def flat_by_group(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """For each parameter group its leaves as one tensor, with their gradients, and memory for a state of that.
+
+        Between two leaves lie up to 15 elements that belong to none.
+        """
+        ends = [*self._offsets[1:], self.size]
+        spans: dict[int, slice] = {}
+        for member, start, end in zip(self.members, self._offsets, ends, strict=True):
+            first = spans[member.group].start if member.group in spans else start
+            spans[member.group] = slice(first, end)
+        found = {}
+        for group, span in spans.items():
+            leaf = self._scratch.weights[span]
+            leaf.grad = self._scratch.grads[span]
+            found[group] = leaf, self._scratch.states[span]
+        return found
+
+    @functools.cached_property
+    def states(self) -> list[torch.Tensor]:
+        """Each member's part of a state of all."""
+        return self._views_of(self._scratch.states, self._offsets)
+
     def has_layout(self, tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
         """Whether there is a tensor for each member, that lies in memory as its leaf does."""
         if any(tensor is None for tensor in tensors):
             return False
         present: Any = tensors
-        if {tensor.dtype for tensor in present} != {dtype} or [tensor.shape for tensor in present] != self._shapes:
+        if {tensor.dtype for tensor in present} != {dtype}:
+            return False
+        # Not a list of shapes: so many new tuples at once set off Python's garbage collection, which takes as long as the step.
+        if not all(map(operator.eq, (tensor.shape for tensor in present), self._shapes)):
             return False
         if self._are_contiguous:  # this tells in a third of the time
             return all(tensor.is_contiguous() for tensor in present)

@@ -37,8 +37,11 @@ def step_rest(optimizer: Optimizer, step: Step, rest: Sequence[Sequence[torch.Te
 
 def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> None:
     """Step the members of a piece, which are whole parameters."""
-    groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in piece.leaves_by_group().items()]
     entries = _ready_entries(optimizer, kind, piece)
+    if entries is not None and kind.needs is not None and piece.is_better_as_one():
+        _step_as_one(optimizer, step, kind, piece, entries)
+        return
+    groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in piece.leaves_by_group().items()]
     is_ready = entries is not None
     if entries is not None:
         lows = owns = [entry[LOW_BITS] for entry in entries]
@@ -52,6 +55,26 @@ def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> No
     if not is_ready:
         for member, entry, own in zip(piece.members, entries, owns, strict=True):
             put_back(optimizer, member, kind, entry, own)
+    if failure is not None:
+        raise failure
+
+
+def _step_as_one(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece, entries: Sequence[Entry]) -> None:
+    """Step small members as one tensor, since torch takes as long over a small tensor as over a large one."""
+    (name,) = kind.states
+    lows = [entry[LOW_BITS] for entry in entries]
+    values = [entry.get(name) for entry in entries]
+    states = [value for value in values if value is not None]
+    groups = []
+    state: defaultdict[Any, Entry] = defaultdict(dict)
+    for number, (leaf, flat) in piece.flat_by_group.items():
+        groups.append({**optimizer.param_groups[number], "params": [leaf]})
+        if states:
+            state[leaf] = {name: flat}
+    if states:
+        torch._foreach_copy_(piece.states, states)
+    _make_step(optimizer, step, [piece], groups, state, lows, lows)
+    failure = _write([piece], lows, states)
     if failure is not None:
         raise failure
 
@@ -152,26 +175,28 @@ def _make_step(
         start += len(piece.members)
 
 
-def _write(pieces: Sequence[Piece], owns: Sequence[torch.Tensor]) -> BaseException | None:
+def _write(pieces: Sequence[Piece], owns: Sequence[torch.Tensor], states: Sequence[torch.Tensor] = ()) -> BaseException | None:
     """Write what was made, all of it: where an exception comes in between, once more from the start. Nothing here needs memory.
 
     Returns:
         The exception, for the caller to raise when the states are put back as well.
     """
     try:
-        _write_once(pieces, owns)
+        _write_once(pieces, owns, states)
     except BaseException as failure:
-        _write_once(pieces, owns)
+        _write_once(pieces, owns, states)
         return failure
     return None
 
 
-def _write_once(pieces: Sequence[Piece], owns: Sequence[torch.Tensor]) -> None:
+def _write_once(pieces: Sequence[Piece], owns: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> None:
     start = 0
     for piece in pieces:
         piece.round_off()
         piece.write(owns[start : start + len(piece.members)])
         start += len(piece.members)
+    if states:  # of the one piece that was stepped as one tensor
+        torch._foreach_copy_(list(states), pieces[0].states)
 
 
 @contextlib.contextmanager
@@ -249,8 +274,12 @@ def _ready_entries(optimizer: Optimizer, kind: Kind, piece: Piece) -> list[Entry
         is_stateless = False
         if not piece.has_layout(values, torch.float32):
             return None
-    # A class that has made no state, as SGD without momentum, may make some at this step.
-    return None if is_stateless else present
+    if is_stateless:
+        # So SGD without momentum goes on. Otherwise this step may make states.
+        groups = {member.group for member in piece.members}
+        if kind.needs is None or any(optimizer.param_groups[number][kind.needs] for number in groups):
+            return None
+    return present
 
 
 def entry_for_leaf(optimizer: Optimizer, member: Member, kind: Kind) -> Entry:

@@ -1,6 +1,7 @@
 """Master weights: any optimizer of torch.optim updates bf16 parameters as if fp32 copies of them had been kept by hand."""
 
 import copy
+import importlib
 
 import masters
 import pytest
@@ -34,6 +35,54 @@ def test_every_class_updates_as_over_copies_kept_by_hand(serving, name):
     assert kept.tensors == len(params)
     assert kept.elements == sum(param.numel() for param in params)
     assert not kept.refused
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_many_small_parameters_are_stepped_as_one_tensor(serving, monkeypatch, momentum):
+    """It is quicker, and the same: also where momentum is switched on later, and where a parameter stands in a group twice."""
+    seen = []
+    module = importlib.import_module("torch.optim.sgd")
+    step_of_torch = module.sgd
+
+    def spying(params, *arguments, **settings):
+        seen.append(len(params))
+        return step_of_torch(params, *arguments, **settings)
+
+    params = [
+        nn.Parameter((torch.randn(size % 5, 3, generator=torch.Generator().manual_seed(size))).to(bf16)) for size in range(40)
+    ]
+    params[7] = nn.Parameter(params[7].detach().t())
+    copies = fp32_copies(params)
+
+    def make(its):
+        groups = [{"params": its[:30]}, {"params": its[30:], "lr": 1e-5, "weight_decay": 0.1}]
+        return torch.optim.SGD(groups, lr=1e-4, momentum=momentum)
+
+    optimizer, reference = make(params), make(copies)
+
+    def step(seed):
+        give_gradients(params, copies, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "sgd", spying)
+            seen.clear()
+            optimizer.step()
+        by_hand(serving, reference)
+        assert_same(params, copies)
+        for param, copied in zip(params, copies, strict=True):
+            kept = optimizer.state[param].get("momentum_buffer")
+            assert kept is None or torch.equal(kept, reference.state[copied]["momentum_buffer"])
+        return list(seen)
+
+    assert step(0) == [30, 10]  # states are made
+    assert step(1) == [1, 1]
+    for owner in (optimizer, reference):
+        for group in owner.param_groups:
+            group["momentum"] = 0.5
+    assert step(2) == ([1, 1] if momentum else [30, 10])
+    assert step(3) == [1, 1]
+    for owner in (optimizer, reference):
+        owner.param_groups[1]["params"].append(owner.param_groups[1]["params"][-1])
+    assert step(4) == [30, 11]
 
 
 def snapshot(params, optimizer):
