@@ -45,7 +45,7 @@ SHAPES = {
     "checkpointing": ["checkpointing=true"],
     "torch.compile(model)": ["compile=wrapper"],
 }
-# Of a step of the runs whose loss is compared: nine of them fit into some minutes of a GPU.
+# Of a step of the runs whose loss is compared: twelve of them fit into some minutes of a GPU.
 SMALLER = ["batch=4", "length=512"]
 # What torch's own step updates, between a join and a split of the bits.
 OWN_STEP = {
@@ -82,9 +82,11 @@ def rows() -> list[Row]:
     for parallel in ("ddp", "fsdp2"):
         for way in ("bf16 as is", "mixed", "master_weights"):
             listed.append(Row("two GPUs", parallel, way, [f"parallel={parallel}", *WAYS[way], "steps=20"], ranks=2))
+    kahan = "optimi AdamW, Kahan, Triton"
+    compared = {way: WAYS[way] for way in COMPARED} | {kahan: [*WAYS["bf16 as is"], *RIVALS[kahan]]}
     for seed in (0, 1, 2):
-        for way in COMPARED:
-            listed.append(Row("loss after 300 steps", "4 x 512", way, [*WAYS[way], *SMALLER, f"seed={seed}", "steps=300"]))
+        for way, options in compared.items():
+            listed.append(Row("loss after 300 steps", "4 x 512", way, [*options, *SMALLER, f"seed={seed}", "steps=300"]))
     listed += rows_of_shape("torch.compile(model)")
     for name, optimizer in OWN_STEP.items():
         for way in ("bf16 as is", "master_weights"):
@@ -92,9 +94,6 @@ def rows() -> list[Row]:
     for shape, flags in SHAPES.items():
         for way in ("fp32, own autocast", "fp32, own autocast, no cache", "mixed"):
             listed.append(Row("autocast's cache", shape, way, [*flags, *WAYS[way], "steps=20"]))
-    kahan = RIVALS["optimi AdamW, Kahan, Triton"]
-    ways = [*WAYS["bf16 as is"], *SMALLER, *kahan, "seed=0", "steps=300"]
-    listed.append(Row("loss after 300 steps", "4 x 512", "optimi AdamW, Kahan, Triton", ways))
     listed.append(Row("cost", "plain", "on", [*WAYS["on"], "steps=6"]))
     return listed
 
