@@ -29,7 +29,7 @@ def join(weights: torch.Tensor, lows: torch.Tensor, room: torch.Tensor) -> None:
 
     Args:
         weights: fp32, each a value of bf16.
-        lows: bf16, the pattern of the low bits.
+        lows: the low bits, int16 or viewed as bf16.
         room: fp32.
     """
     bits = weights.view(torch.int32)

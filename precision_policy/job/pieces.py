@@ -59,8 +59,8 @@ class Scratch:
 
     @functools.cached_property
     def lows(self) -> torch.Tensor:
-        """Low bits on their way from and to several states."""
-        return self._make(torch.bfloat16)
+        """Low bits on their way from and to several states: as integers, since foreach copies on CUDA make all NaN alike."""
+        return self._make(torch.int16)
 
     @functools.cached_property
     def states(self) -> torch.Tensor:
@@ -292,7 +292,7 @@ class Piece:
         if len(present) < len(lows):
             self._scratch.lows[: self.size].zero_()
             views = [view for view, low in zip(views, lows, strict=True) if low is not None]
-        torch._foreach_copy_(views, present)
+        torch._foreach_copy_(views, [low.view(torch.int16) for low in present])
         low_bits.join(self._weights, self._scratch.lows[: self.size], self._room)
 
     def take_grads(self) -> None:
@@ -335,10 +335,12 @@ class Piece:
             low_bits.write(self._weights, self._room, self.of(values[0]), self.of(kept[0]))
             return
         torch._foreach_copy_(values, self._values)
-        sources = [
-            view if member.keeps_whole else low for member, view, low in zip(self.members, self.views, self._lows, strict=True)
-        ]
-        torch._foreach_copy_(list(kept), sources)
+        targets = []
+        sources = []
+        for member, own, view, low in zip(self.members, kept, self.views, self._lows, strict=True):
+            targets.append(own if member.keeps_whole else own.view(torch.int16))
+            sources.append(view if member.keeps_whole else low)
+        torch._foreach_copy_(targets, sources)
 
 
 def cut(members: Sequence[Member], scratch: Scratch, elementwise: bool) -> Iterator[list[Piece]]:

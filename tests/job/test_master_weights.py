@@ -37,6 +37,31 @@ def test_every_class_updates_as_over_copies_kept_by_hand(serving, name):
     assert not kept.refused
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD with momentum", "NAdam"])
+def test_low_bits_that_look_like_nan_survive_copies_on_cuda(serving, monkeypatch, name):
+    """There a foreach copy of bf16 goes through fp32, which makes all NaN alike. A mock stands in for it: no GPU is here."""
+    copies_made = torch._foreach_copy_
+
+    def as_on_cuda(targets, sources, *arguments):
+        sources = [source.float().to(source.dtype) if source.dtype is bf16 else source for source in sources]
+        return copies_made(targets, sources, *arguments)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", as_on_cuda)
+    params = [nn.Parameter(torch.randn(900, generator=torch.Generator().manual_seed(seed)).to(bf16)) for seed in range(3)]
+    copies = fp32_copies(params)
+    optimizer, reference = OPTIMIZERS[name](params), OPTIMIZERS[name](copies)
+    found = 0
+    for seed in range(4):
+        give_gradients(params, copies, seed)
+        optimizer.step()
+        by_hand(serving, reference)
+        for param, copied in zip(params, copies, strict=True):
+            low = optimizer.state[param][masters.LOW_BITS]
+            assert torch.equal(low.view(int16), copied.detach().view(int32).to(int16))
+            found += int(low.isnan().sum())
+    assert found > 10
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_many_small_parameters_are_stepped_as_one_tensor(serving, monkeypatch, momentum):
     """It is quicker, and the same: also where momentum is switched on later, and where a parameter stands in a group twice."""
