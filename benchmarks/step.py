@@ -4,6 +4,7 @@
 """
 
 import csv
+import gc
 import statistics
 import sys
 import time
@@ -43,10 +44,6 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def peak() -> int:
-    return torch.cuda.max_memory_allocated() if CUDA else 0
-
-
 def measure(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, float]:
     """The median time of a step in seconds, the ways taking turns so that noise is shared."""
     times: dict[str, list[float]] = {way: [] for way in optimizers}
@@ -63,14 +60,16 @@ def measure(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, float]:
 
 def memory(shapes: list[tuple[int, ...]], kind: str, keeps: bool) -> float:
     """Bytes an element at the peak of two steps."""
+    gc.collect()  # optimizers of before are in cycles
     torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     optimizer = make(shapes, torch.bfloat16, kind)
     if keeps:
         keep_master_weights(optimizer)
     optimizer.step()
     optimizer.step()
-    return peak() / sum(torch.Size(shape).numel() for shape in shapes)
+    return (torch.cuda.max_memory_allocated() - before) / sum(torch.Size(shape).numel() for shape in shapes)
 
 
 COLUMNS = ["device", "tensors", "optimizer", "as_is_ms", "fp32_ms", "masters_ms", "as_is_bytes", "masters_bytes"]

@@ -86,6 +86,21 @@ def cost() -> str:
     return compare("cost", "bf16 as is")
 
 
+def machines() -> str:
+    """What each way reaches of the tokens/s of bf16 as is, run by run: how far two runs differ."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in read("compute.csv"):
+        if row["experiment"] in ("cost", "cost again"):
+            found[row["lend"], row["device"], row["shape"]][row["way"]] = row
+    ways = list(dict.fromkeys(way for of_way in found.values() for way in of_way if way != "bf16 as is"))
+    lines = []
+    for (lend, device, shape), of_way in found.items():
+        base = number(of_way["bf16 as is"], "tokens_per_s")
+        ratios = [f"{number(of_way[way], 'tokens_per_s') / base:.3f}" if way in of_way else "" for way in ways]
+        lines.append([f"{device}, run {lend}", shape, *ratios])
+    return table(["machine", "shape", *ways], lines)
+
+
 def own_step() -> str:
     """Master weights through torch's own step."""
     return compare("torch's own step", "bf16 as is")
@@ -99,6 +114,23 @@ def fp32_compute() -> str:
 def cache() -> str:
     """What autocast costs without its cache of weights."""
     return compare("autocast's cache", "fp32, own autocast")
+
+
+def two_gpus() -> str:
+    """What each way costs on two GPUs."""
+    return compare("two GPUs", "bf16 as is")
+
+
+def step() -> str:
+    """What the optimizer's step alone takes, and its peak of memory."""
+    lines = []
+    for row in read("step.csv"):
+        if row["masters_ms"]:
+            times = [f"{number(row, key):.1f}" for key in ("as_is_ms", "fp32_ms", "masters_ms")]
+            ratios = [f"{number(row, 'masters_ms') / number(row, key):.2f}" for key in ("as_is_ms", "fp32_ms")]
+            lines.append([row["device"], row["tensors"], row["optimizer"], *times, *ratios])
+    head = ["device", "tensors", "optimizer", "bf16 as is, ms", "fp32, ms", "master_weights, ms", "to bf16 as is", "to fp32"]
+    return table(head, lines)
 
 
 def loss() -> str:
@@ -179,6 +211,9 @@ def small_cost() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
+    "machines": machines,
+    "two GPUs": two_gpus,
+    "step": step,
     "own step": own_step,
     "fp32 compute": fp32_compute,
     "cache": cache,
