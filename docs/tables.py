@@ -122,7 +122,7 @@ def two_gpus() -> str:
 
 
 def step() -> str:
-    """What the optimizer's step alone takes, and its peak of memory."""
+    """What the optimizer's step alone takes."""
     lines = []
     for row in read("step.csv"):
         if row["masters_ms"]:
@@ -131,6 +131,16 @@ def step() -> str:
             lines.append([row["device"], row["tensors"], row["optimizer"], *times, *ratios])
     head = ["device", "tensors", "optimizer", "bf16 as is, ms", "fp32, ms", "master_weights, ms", "to bf16 as is", "to fp32"]
     return table(head, lines)
+
+
+def peaks() -> str:
+    """The peak of memory of two steps, over tensors that are in memory with their gradients."""
+    lines = []
+    for row in read("step.csv"):
+        if row["masters_bytes"]:
+            cells = [f"{number(row, key):.1f}" for key in ("as_is_bytes", "masters_bytes")]
+            lines.append([row["tensors"], row["optimizer"], *cells])
+    return table(["tensors", "optimizer", "bf16 as is, bytes an element", "master_weights, bytes an element"], lines)
 
 
 def loss() -> str:
@@ -214,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "machines": machines,
     "two GPUs": two_gpus,
     "step": step,
+    "peaks": peaks,
     "own step": own_step,
     "fp32 compute": fp32_compute,
     "cache": cache,
