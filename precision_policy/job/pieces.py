@@ -26,7 +26,7 @@ _MOST_ON_CPU: Final = 2**20
 _MOST_ON_GPU: Final = 2**26
 # Members of this mean size are worth a copy of their states, if torch then steps all of them as one tensor.
 _SMALL: Final = 2**14
-# Leaves begin at multiples of so many elements: kernels read several elements at once where these are aligned.
+# On a GPU leaves begin at multiples of so many elements: kernels read several at once where these are aligned.
 _ALIGNMENT: Final = 16
 
 
@@ -59,12 +59,15 @@ class Scratch:
 
     @functools.cached_property
     def lows(self) -> torch.Tensor:
-        """Low bits on their way from and to several states: as integers, since foreach copies on CUDA make all NaN alike."""
+        """Low bits on their way from and to several states, as integers.
+
+        A foreach copy of bf16 on CUDA goes through fp32, which makes one NaN of all NaN: other low bits.
+        """
         return self._make(torch.int16)
 
     @functools.cached_property
-    def states(self) -> torch.Tensor:
-        """A state of parameters that are stepped as one tensor."""
+    def flat_state(self) -> torch.Tensor:
+        """The one state of parameters that are stepped as one tensor."""
         return self._make(torch.float32)
 
     def _make(self, dtype: torch.dtype) -> torch.Tensor:
@@ -164,7 +167,7 @@ class Piece:
         self.size = 0
         for member in members:
             offsets.append(self.size)
-            self.size += _aligned(member.size) if part is None else part.stop - part.start
+            self.size += _room_of(member) if part is None else part.stop - part.start
         self._scratch = scratch
         self._weights = scratch.weights[: self.size]
         self._room = scratch.grads[: self.size]
@@ -211,39 +214,41 @@ class Piece:
             found[member.group] += [leaf] * member.times
         return found
 
-    def is_better_as_one(self) -> bool:
-        """Whether the members are so small that to step them as one tensor is quicker, and can be."""
+    def are_small(self) -> bool:
+        """Whether torch steps the members sooner as one tensor, copies of their states counted in."""
         return self._are_small and all(member.times == 1 for member in self.members)
 
     @functools.cached_property
-    def flat_by_group(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """For each parameter group its leaves as one tensor, with their gradients, and memory for a state of that.
-
-        Between two leaves lie up to 15 elements that belong to none.
-        """
+    def spans_by_group(self) -> dict[int, slice]:
+        """Where the members of each parameter group lie in the scratch; between two of them may lie elements of none."""
         ends = [*self._offsets[1:], self.size]
         spans: dict[int, slice] = {}
         for member, start, end in zip(self.members, self._offsets, ends, strict=True):
             first = spans[member.group].start if member.group in spans else start
             spans[member.group] = slice(first, end)
-        found = {}
-        for group, span in spans.items():
-            leaf = self._scratch.weights[span]
-            leaf.grad = self._scratch.grads[span]
-            found[group] = leaf, self._scratch.states[span]
-        return found
+        return spans
+
+    def flat_leaf(self, span: slice) -> torch.Tensor:
+        """The leaves there as one, with its gradient."""
+        leaf = self._scratch.weights[span]
+        leaf.grad = self._scratch.grads[span]
+        return leaf
+
+    def flat_state(self, span: slice) -> torch.Tensor:
+        """The one state of a flat leaf."""
+        return self._scratch.flat_state[span]
 
     @functools.cached_property
-    def states(self) -> list[torch.Tensor]:
-        """Each member's part of a state of all."""
-        return self._views_of(self._scratch.states, self._offsets)
+    def state_views(self) -> list[torch.Tensor]:
+        """Each member's part of :meth:`flat_state`."""
+        return self._views_of(self._scratch.flat_state, self._offsets)
 
     def has_layout(self, tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
         """Whether there is a tensor for each member, that lies in memory as its leaf does."""
         if any(tensor is None for tensor in tensors):
             return False
         present: Any = tensors
-        if {tensor.dtype for tensor in present} != {dtype}:
+        if {tensor.dtype for tensor in present} != {dtype} or {tensor.device for tensor in present} != {self._scratch.device}:
             return False
         # Not a list of shapes: so many new tuples at once set off Python's garbage collection, which takes as long as the step.
         if not all(map(operator.eq, (tensor.shape for tensor in present), self._shapes)):
@@ -348,18 +353,18 @@ def cut(members: Sequence[Member], scratch: Scratch, elementwise: bool) -> Itera
     together: list[Member] = []
     size = 0
     for member in members:
-        if together and size + _aligned(member.size) > scratch.size:
+        if together and size + _room_of(member) > scratch.size:
             yield [Piece(together, scratch, wraps=not elementwise)]
             together, size = [], 0
         if member.size <= scratch.size:
             together.append(member)
-            size += _aligned(member.size)
+            size += _room_of(member)
         elif elementwise and member.is_dense and not member.keeps_whole:
             starts = range(0, member.size, scratch.size)
             parts = [slice(start, min(start + scratch.size, member.size)) for start in starts]
             yield [Piece([member], scratch, part) for part in parts]
         else:
-            large = Scratch(_aligned(member.size), scratch.device)
+            large = Scratch(_room_of(member), scratch.device)
             yield [Piece([member], large, wraps=not elementwise)]
     if together:
         yield [Piece(together, scratch, wraps=not elementwise)]
@@ -377,7 +382,7 @@ def scratch_on_cpu() -> Scratch:
 
 def elements_of(members: Iterable[Member]) -> int:
     """How many elements members take in a scratch."""
-    return sum(_aligned(member.size) for member in members)
+    return sum(_room_of(member) for member in members)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -414,8 +419,11 @@ def note_writes(tensors: list[torch.Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def _room_of(member: Member) -> int:
+    """How many elements a member takes in a scratch."""
+    if member.device.type == "cpu":
+        return member.size
+    return -(-member.size // _ALIGNMENT) * _ALIGNMENT
 
 
 def grad_of(member: Member) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """torch's own step, with fp32 leaves in the place of bf16 parameters.
 
 The application's parameter groups and its state stay as they are: the optimizer is given others for the time of the step, and
-gets its own back whatever happens. What the step made is written only when all of it is there. So an exception, such as running
-out of memory, leaves each parameter with the whole step or with none of it.
+gets its own back whatever happens. What the step made is written only when all of it is there. So an operation that raises, as
+when memory runs out, leaves each parameter with the whole step or with none of it. A signal that raises, such as Ctrl-C, may do
+so when a fused kernel is done: then the states of that step are there, and its weights are not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def step_rest(optimizer: Optimizer, step: Step, rest: Sequence[Sequence[torch.Te
 def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> None:
     """Step the members of a piece, which are whole parameters."""
     entries = _ready_entries(optimizer, kind, piece)
-    if entries is not None and kind.needs is not None and piece.is_better_as_one():
+    if entries is not None and piece.are_small() and _can_be_one(optimizer, kind, piece):
         _step_as_one(optimizer, step, kind, piece, entries)
         return
     groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in piece.leaves_by_group().items()]
@@ -59,21 +60,31 @@ def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> No
         raise failure
 
 
+def _can_be_one(optimizer: Optimizer, kind: Kind, piece: Piece) -> bool:
+    """Whether several parameters can be stepped as one tensor, bit for bit: they keep no number each, such as ``step``.
+
+    A fused step on a CPU rounds the last few elements of a tensor in another way than the others.
+    """
+    groups = [optimizer.param_groups[number] for number in piece.spans_by_group]
+    return kind.stateless_without is not None and not any(group.get("fused") for group in groups)
+
+
 def _step_as_one(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece, entries: Sequence[Entry]) -> None:
     """Step small members as one tensor, since torch takes as long over a small tensor as over a large one."""
-    (name,) = kind.states
+    (name,) = kind.states  # what is stepped as one has one state, or none
     lows = [entry[LOW_BITS] for entry in entries]
     values = [entry.get(name) for entry in entries]
     states = [value for value in values if value is not None]
     groups = []
-    state: defaultdict[Any, Entry] = defaultdict(dict)
-    for number, (leaf, flat) in piece.flat_by_group.items():
+    flat_states: defaultdict[Any, Entry] = defaultdict(dict)
+    for number, span in piece.spans_by_group.items():
+        leaf = piece.flat_leaf(span)
         groups.append({**optimizer.param_groups[number], "params": [leaf]})
         if states:
-            state[leaf] = {name: flat}
+            flat_states[leaf] = {name: piece.flat_state(span)}
     if states:
-        torch._foreach_copy_(piece.states, states)
-    _make_step(optimizer, step, [piece], groups, state, lows, lows)
+        torch._foreach_copy_(piece.state_views, states)
+    _make_step(optimizer, step, [piece], groups, flat_states, lows, lows)
     failure = _write([piece], lows, states)
     if failure is not None:
         raise failure
@@ -195,8 +206,9 @@ def _write_once(pieces: Sequence[Piece], owns: Sequence[torch.Tensor], states: S
         piece.round_off()
         piece.write(owns[start : start + len(piece.members)])
         start += len(piece.members)
-    if states:  # of the one piece that was stepped as one tensor
-        torch._foreach_copy_(list(states), pieces[0].states)
+    if states:
+        (piece,) = pieces  # states are written of a single piece, that was stepped as one tensor
+        torch._foreach_copy_(list(states), piece.state_views)
 
 
 @contextlib.contextmanager
@@ -238,7 +250,7 @@ def _flat_copy(tensors: list[torch.Tensor]) -> torch.Tensor:
 def _changed_by_step(groups: Sequence[Entry], kind: Kind, entries: Sequence[Entry]) -> list[torch.Tensor]:
     """The states that a step which raises may leave changed."""
     names = ("step", *kind.numbers)
-    # A fused step counts first; what it does to the tensors of one group and device is a single kernel.
+    # A fused step adds 1 to `step` first; then it is a single kernel for the tensors of a group.
     is_one_kernel = kind.by_tensor and len(groups) == 1 and groups[0].get("fused")
     if not is_one_kernel:
         names += kind.states
@@ -275,9 +287,9 @@ def _ready_entries(optimizer: Optimizer, kind: Kind, piece: Piece) -> list[Entry
         if not piece.has_layout(values, torch.float32):
             return None
     if is_stateless:
-        # So SGD without momentum goes on. Otherwise this step may make states.
-        groups = {member.group for member in piece.members}
-        if kind.needs is None or any(optimizer.param_groups[number][kind.needs] for number in groups):
+        # Ready only if this step makes no state either: SGD without momentum.
+        setting = kind.stateless_without
+        if setting is None or any(optimizer.param_groups[number][setting] for number in piece.spans_by_group):
             return None
     return present
 

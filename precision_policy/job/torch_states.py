@@ -21,8 +21,8 @@ class Kind:
         elementwise: whether each element is updated by itself, so that a tensor may be cut anywhere.
         by_tensor: whether each tensor is updated by itself, so that tensors may be stepped one after the other.
         is_known: whether its states are known by name. If not, all of floating point are taken for torch's.
-        needs: the setting of a group without which it makes no state at all. A class that has one counts no steps either, so
-            that parameters can be stepped as one.
+        stateless_without: the setting of a group without which it makes no state at all. With it, it makes one for a parameter,
+            and counts no steps.
     """
 
     states: tuple[str, ...]
@@ -30,7 +30,7 @@ class Kind:
     elementwise: bool = True
     by_tensor: bool = True
     is_known: bool = True
-    needs: str | None = None
+    stateless_without: str | None = None
 
     def makes(self, name: Any, value: Any) -> bool:
         """Whether an entry of a parameter's state is a floating-point one of torch's class, and not the application's own."""
@@ -45,7 +45,7 @@ _UNKNOWN: Final = Kind((), elementwise=False, by_tensor=False, is_known=False)
 _NAMED_ADAFACTOR: Final = Kind(("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"), ("RMS",), elementwise=False)
 
 KINDS: Final = {
-    "SGD": Kind(("momentum_buffer",), needs="momentum"),
+    "SGD": Kind(("momentum_buffer",), stateless_without="momentum"),
     "Adam": _ADAM,
     "AdamW": _ADAM,
     "NAdam": Kind(("exp_avg", "exp_avg_sq"), ("mu_product",)),

@@ -9,6 +9,8 @@ import torch
 from masters import OPTIMIZERS, assert_same, by_hand, fp32_copies, give_gradients, parameters
 from torch import nn
 
+from precision_policy import fp32_weights
+
 bf16, int16, int32 = torch.bfloat16, torch.int16, torch.int32
 serving = masters.serving
 
@@ -62,9 +64,11 @@ def test_low_bits_that_look_like_nan_survive_copies_on_cuda(serving, monkeypatch
     assert found > 10
 
 
+@pytest.mark.parametrize("room", [2**20, 64])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_many_small_parameters_are_stepped_as_one_tensor(serving, monkeypatch, momentum):
+def test_many_small_parameters_are_stepped_as_one_tensor(serving, monkeypatch, momentum, room):
     """It is quicker, and the same: also where momentum is switched on later, and where a parameter stands in a group twice."""
+    monkeypatch.setattr("precision_policy.job.pieces._MOST_ON_CPU", room)
     seen = []
     module = importlib.import_module("torch.optim.sgd")
     step_of_torch = module.sgd
@@ -74,7 +78,7 @@ def test_many_small_parameters_are_stepped_as_one_tensor(serving, monkeypatch, m
         return step_of_torch(params, *arguments, **settings)
 
     params = [
-        nn.Parameter((torch.randn(size % 5, 3, generator=torch.Generator().manual_seed(size))).to(bf16)) for size in range(40)
+        nn.Parameter(torch.randn(size % 5, 3, generator=torch.Generator().manual_seed(size)).to(bf16)) for size in range(40)
     ]
     params[7] = nn.Parameter(params[7].detach().t())
     copies = fp32_copies(params)
@@ -86,28 +90,45 @@ def test_many_small_parameters_are_stepped_as_one_tensor(serving, monkeypatch, m
     optimizer, reference = make(params), make(copies)
 
     def step(seed):
+        """Step both, and tell how many tensors torch's step has seen."""
         give_gradients(params, copies, seed)
         with monkeypatch.context() as patch:
             patch.setattr(module, "sgd", spying)
             seen.clear()
             optimizer.step()
         by_hand(serving, reference)
-        assert_same(params, copies)
+        weights = fp32_weights(optimizer)
         for param, copied in zip(params, copies, strict=True):
+            assert torch.equal(weights[param], copied)
             kept = optimizer.state[param].get("momentum_buffer")
             assert kept is None or torch.equal(kept, reference.state[copied]["momentum_buffer"])
-        return list(seen)
+        return sum(seen)
 
-    assert step(0) == [30, 10]  # states are made
-    assert step(1) == [1, 1]
+    assert step(0) == 40  # states are made
+    as_one = step(1)
+    assert as_one < (3 if room > 64 else 15)  # for each piece, a tensor for each of its groups
     for owner in (optimizer, reference):
         for group in owner.param_groups:
             group["momentum"] = 0.5
-    assert step(2) == ([1, 1] if momentum else [30, 10])
-    assert step(3) == [1, 1]
+    assert step(2) == (as_one if momentum else 40)
+    assert step(3) == as_one
     for owner in (optimizer, reference):
         owner.param_groups[1]["params"].append(owner.param_groups[1]["params"][-1])
-    assert step(4) == [30, 11]
+    assert step(4) > as_one
+
+
+def test_a_fused_step_on_a_cpu_has_its_tensors_as_they_are(serving):
+    """It rounds the last elements of a tensor in another way, so that many as one would not be the same bit for bit."""
+    params = [nn.Parameter(torch.randn(37, generator=torch.Generator().manual_seed(seed)).to(bf16)) for seed in range(20)]
+    copies = fp32_copies(params)
+    optimizer, reference = OPTIMIZERS["SGD fused"](params), OPTIMIZERS["SGD fused"](copies)
+    for seed in range(5):
+        give_gradients(params, copies, seed)
+        optimizer.step()
+        by_hand(serving, reference)
+    weights = fp32_weights(optimizer)
+    for param, copied in zip(params, copies, strict=True):
+        assert torch.equal(weights[param], copied)
 
 
 def snapshot(params, optimizer):
