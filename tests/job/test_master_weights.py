@@ -121,7 +121,11 @@ def test_a_fused_step_on_a_cpu_has_its_tensors_as_they_are(serving):
     """It rounds the last elements of a tensor in another way, so that many as one would not be the same bit for bit."""
     params = [nn.Parameter(torch.randn(37, generator=torch.Generator().manual_seed(seed)).to(bf16)) for seed in range(20)]
     copies = fp32_copies(params)
-    optimizer, reference = OPTIMIZERS["SGD fused"](params), OPTIMIZERS["SGD fused"](copies)
+
+    def make(its):
+        return torch.optim.SGD(its, lr=1e-2, momentum=0.9, weight_decay=0.1, fused=True)
+
+    optimizer, reference = make(params), make(copies)
     for seed in range(5):
         give_gradients(params, copies, seed)
         optimizer.step()
@@ -129,6 +133,7 @@ def test_a_fused_step_on_a_cpu_has_its_tensors_as_they_are(serving):
     weights = fp32_weights(optimizer)
     for param, copied in zip(params, copies, strict=True):
         assert torch.equal(weights[param], copied)
+        assert torch.equal(optimizer.state[param]["momentum_buffer"], reference.state[copied]["momentum_buffer"])
 
 
 def snapshot(params, optimizer):
