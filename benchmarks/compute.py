@@ -45,10 +45,10 @@ SHAPES = {
     "checkpointing": ["checkpointing=true"],
     "torch.compile(model)": ["compile=wrapper"],
 }
-# Of a step of the runs whose loss is compared: twelve of them fit into some minutes of a GPU.
+# Of a step of the runs whose loss is compared: fifteen of them fit into some minutes of a GPU.
 SMALLER = ["batch=4", "length=512"]
-# What torch's own step updates, between a join and a split of the bits.
-OWN_STEP = {
+# Other optimizers and settings. SGD and amsgrad are torch's own step, between a join and a split of the bits.
+OTHERS = {
     "SGD, momentum": ["optimizer._target_=torch.optim.SGD", "+optimizer.momentum=0.9", "optimizer.fused=false"],
     "AdamW, foreach": ["optimizer.fused=false", "+optimizer.foreach=true"],
     "AdamW, amsgrad": ["+optimizer.amsgrad=true"],
@@ -82,19 +82,28 @@ def rows() -> list[Row]:
     for parallel in ("ddp", "fsdp2"):
         for way in ("bf16 as is", "mixed", "master_weights"):
             listed.append(Row("two GPUs", parallel, way, [f"parallel={parallel}", *WAYS[way], "steps=20"], ranks=2))
-    kahan = "optimi AdamW, Kahan, Triton"
-    compared = {way: WAYS[way] for way in COMPARED} | {kahan: [*WAYS["bf16 as is"], *RIVALS[kahan]]}
-    for seed in (0, 1, 2):
-        for way, options in compared.items():
-            listed.append(Row("loss after 300 steps", "4 x 512", way, [*options, *SMALLER, f"seed={seed}", "steps=300"]))
+    listed += rows_of_losses()
     listed += rows_of_shape("torch.compile(model)")
-    for name, optimizer in OWN_STEP.items():
+    for name, optimizer in OTHERS.items():
         for way in ("bf16 as is", "master_weights"):
-            listed.append(Row("torch's own step", name, way, [*optimizer, *WAYS[way], "steps=20"]))
+            listed.append(Row("other optimizers", name, way, [*optimizer, *WAYS[way], "steps=20"]))
     for shape, flags in SHAPES.items():
         for way in ("fp32, own autocast", "fp32, own autocast, no cache", "mixed"):
             listed.append(Row("autocast's cache", shape, way, [*flags, *WAYS[way], "steps=20"]))
-    listed.append(Row("cost", "plain", "on", [*WAYS["on"], "steps=6"]))
+        for way in ("on", "mixed"):
+            listed.append(Row("fp32 compute", shape, way, [*flags, *WAYS[way], "steps=6"]))
+    return listed
+
+
+def rows_of_losses() -> list[Row]:
+    """The loss after 300 steps: three seeds of each way."""
+    compared = {way: WAYS[way] for way in COMPARED}
+    for rival in ("optimi AdamW, Kahan, Triton", "FlashAdamW, 24 bits"):
+        compared[rival] = [*WAYS["bf16 as is"], *RIVALS[rival]]
+    listed = []
+    for seed in (0, 1, 2):
+        for way, options in compared.items():
+            listed.append(Row("loss after 300 steps", "4 x 512", way, [*options, *SMALLER, f"seed={seed}", "steps=300"]))
     return listed
 
 
@@ -144,7 +153,13 @@ class Job:
         text = self._output.read_text()
         self._folder.cleanup()
         row = self.row
-        named = {"experiment": row.experiment, "shape": row.shape, "way": row.way, "arguments": " ".join(row.arguments)}
+        named = {
+            "lend": 1,
+            "experiment": row.experiment,
+            "shape": row.shape,
+            "way": row.way,
+            "arguments": " ".join(row.arguments),
+        }
         found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
         if found is None:
             print(text[-3000:], flush=True)
@@ -207,10 +222,13 @@ def main() -> None:
     )
     parser.add_argument("override", nargs="*", help="for the application, such as batch=4")
     given = parser.parse_intermixed_args()
+    file = given.out / ("compute-small.csv" if given.small else "compute.csv")
+    if file.exists():
+        parser.error(f"{file} is there: remove it, or give another folder")
     given.out.mkdir(parents=True, exist_ok=True)
     checkpoint = given.checkpoint or given.out / "checkpoint"
     if not (checkpoint / "config.json").exists():
-        extra = ["--small", "--steps", "20"] if given.small else []
+        extra = ["--small", "--steps", "20"] if given.small else ["--steps", "100"]
         subprocess.run([sys.executable, str(HERE / "llama_checkpoint.py"), str(checkpoint), *extra], check=True)
     import torch  # noqa: F401 - imported for the jobs, which are forks of this process
     import transformers.models.llama.modeling_llama  # noqa: F401 - as above
@@ -224,7 +242,7 @@ def main() -> None:
     for result in run_all([row for row in wanted if row.ranks <= len(devices)], checkpoint, devices):
         results.append(result)
         print(json.dumps(result), flush=True)
-        write(results, given.out / ("compute-small.csv" if given.small else "compute.csv"))
+        write(results, file)
     if given.small:
         check(results)
 

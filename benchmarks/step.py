@@ -79,8 +79,13 @@ def add(row: dict[str, str]) -> None:
     """Add a row to the file, where one was named."""
     if len(sys.argv) > 1:
         device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-        with Path(sys.argv[1], "step.csv").open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"device": device, **row})
+        path = Path(sys.argv[1], "step.csv")
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerow({"device": device, **row})
 
 
 def main() -> None:
