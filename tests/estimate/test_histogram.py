@@ -214,6 +214,15 @@ def test_the_rate_that_loses_a_share(exponent):
     assert counted.rate_losing(1.1) == 0.0
 
 
+def test_the_rate_that_loses_a_share_of_several_exponents():
+    """What is larger is lost as well; subnormals count with the smallest normal numbers."""
+    counted = Histogram(torch.bfloat16)
+    counted.counts[130], counted.counts[127], counted.counts[0] = 1, 1, 2
+    assert counted.rate_losing(0.25) == 2.0 ** (130 - 127 - 8)
+    assert counted.rate_losing(0.5) == 2.0 ** (127 - 127 - 8)
+    assert counted.rate_losing(1.0) == 2.0 ** (1 - 127 - 8)
+
+
 def test_dtensor_is_read_locally(tmp_path):
     """A sharded parameter is counted by this process's shard, without waiting for the others."""
     import torch.distributed as dist
