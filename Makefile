@@ -69,7 +69,7 @@ nightly:  ## 10,000 generated config trees
 nightly: .venv/ready
 	HYPOTHESIS_PROFILE=nightly .venv/bin/pytest -n $(JOBS) tests/composition/test_any_config.py
 
-mutants:  ## change the code in thousands of small ways and count which changes the tests notice: under an hour
+mutants:  ## change the code in thousands of small ways and count which changes the tests notice: an hour or more
 mutants: .venv/ready
 	PATH="$(CURDIR)/.venv/bin:$$PATH" mutmut run --max-children $(JOBS)
 	.venv/bin/python tests/mutants.py
