@@ -59,11 +59,8 @@ class Scratch:
 
     @functools.cached_property
     def lows(self) -> torch.Tensor:
-        """Low bits on their way from and to several states, as integers.
-
-        A foreach copy of bf16 on CUDA goes through fp32, which makes one NaN of all NaN: other low bits.
-        """
-        return self._make(torch.int16)
+        """Low bits on their way from and to several states."""
+        return self._make(_dtype_of_low_bits(self.device))
 
     @functools.cached_property
     def flat_state(self) -> torch.Tensor:
@@ -180,11 +177,11 @@ class Piece:
         can_use_kernels = all(member.is_dense and not member.keeps_whole for member in members)
         self._kernels = kernels_on(only.device) if can_use_kernels else None
         self._split: Callable[[], None] | None = None
-        # What the kernels were made ready for when the leaves were joined.
+        # The low bits that the leaves were joined with: the kernels are then ready to split into the same.
         self._joined: list[torch.Tensor] = []
-        self._split_of_joined: Callable[[], None] | None = None
         self._offsets = offsets
-        self._are_small = len(members) > 1 and self.size <= _SMALL * len(members)
+        # Whether torch steps the members sooner as one tensor, copies of their states counted in.
+        self.are_small = len(members) > 1 and self.size <= _SMALL * len(members)
         self.views = self._views_of(scratch.weights, offsets)
         self._grads = self._views_of(scratch.grads, offsets)
         if not self._is_flat and self._kernels is None:
@@ -213,10 +210,6 @@ class Piece:
                 found[member.group] = []
             found[member.group] += [leaf] * member.times
         return found
-
-    def are_small(self) -> bool:
-        """Whether torch steps the members sooner as one tensor, copies of their states counted in."""
-        return self._are_small and all(member.times == 1 for member in self.members)
 
     @functools.cached_property
     def spans_by_group(self) -> dict[int, slice]:
@@ -274,11 +267,12 @@ class Piece:
     def join(self, lows: Sequence[torch.Tensor | None]) -> None:
         """Make the weights of the leaves: from the values in the model, and the low bits of each, where there are any."""
         values = self._present_values()
+        self._joined = []
         present = [low for low in lows if low is not None]
         if self._kernels is not None and len(present) == len(lows):
             prepared = self._kernels.prepare(self.of_all(values), self.of_all(present), self.views)
             prepared.join()
-            self._joined, self._split_of_joined = present, prepared.split
+            self._joined, self._split = present, prepared.split
             return
         if self._is_flat:
             self._weights.copy_(self.of(values[0]))
@@ -297,7 +291,7 @@ class Piece:
         if len(present) < len(lows):
             self._scratch.lows[: self.size].zero_()
             views = [view for view, low in zip(views, lows, strict=True) if low is not None]
-        torch._foreach_copy_(views, [low.view(torch.int16) for low in present])
+        torch._foreach_copy_(views, [_alike(low, view) for low, view in zip(present, views, strict=True)])
         low_bits.join(self._weights, self._scratch.lows[: self.size], self._room)
 
     def take_grads(self) -> None:
@@ -313,10 +307,9 @@ class Piece:
         """Get the memory that writing needs, before anything is written."""
         if self._kernels is None:
             return
-        self._split, self._split_of_joined = self._split_of_joined, None
         is_as_joined = len(kept) == len(self._joined) and all(map(operator.is_, kept, self._joined))
         self._joined = []
-        if self._split is None or not is_as_joined:
+        if not is_as_joined:
             values = self.of_all(self._present_values())
             self._split = self._kernels.prepare(values, self.of_all(kept), self.views).split
 
@@ -343,7 +336,7 @@ class Piece:
         targets = []
         sources = []
         for member, own, view, low in zip(self.members, kept, self.views, self._lows, strict=True):
-            targets.append(own if member.keeps_whole else own.view(torch.int16))
+            targets.append(own if member.keeps_whole else _alike(own, low))
             sources.append(view if member.keeps_whole else low)
         torch._foreach_copy_(targets, sources)
 
@@ -408,6 +401,20 @@ def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's elements in the order of its memory."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _dtype_of_low_bits(device: torch.device) -> torch.dtype:
+    """The dtype in which low bits are copied together.
+
+    Integers, but on a CPU: a foreach copy of bf16 on CUDA goes through fp32, which makes one NaN of all NaN, and so other low
+    bits. On a CPU a copy keeps them, and a view of each tensor would take longer than to copy it.
+    """
+    return torch.bfloat16 if device.type == "cpu" else torch.int16
+
+
+def _alike(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The same bits, in the dtype of another tensor."""
+    return tensor if tensor.dtype is other.dtype else tensor.view(other.dtype)
 
 
 def note_writes(tensors: list[torch.Tensor]) -> None:

@@ -39,7 +39,7 @@ def step_rest(optimizer: Optimizer, step: Step, rest: Sequence[Sequence[torch.Te
 def step_piece(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece) -> None:
     """Step the members of a piece, which are whole parameters."""
     entries = _ready_entries(optimizer, kind, piece)
-    if entries is not None and piece.are_small() and _can_be_one(optimizer, kind, piece):
+    if entries is not None and piece.are_small and _can_be_one(optimizer, kind, piece):
         _step_as_one(optimizer, step, kind, piece, entries)
         return
     groups = [{**optimizer.param_groups[number], "params": leaves} for number, leaves in piece.leaves_by_group().items()]
@@ -65,8 +65,9 @@ def _can_be_one(optimizer: Optimizer, kind: Kind, piece: Piece) -> bool:
 
     A fused step on a CPU rounds the last few elements of a tensor in another way than the others.
     """
-    groups = [optimizer.param_groups[number] for number in piece.spans_by_group]
-    return kind.stateless_without is not None and not any(group.get("fused") for group in groups)
+    if kind.stateless_without is None or any(member.times > 1 for member in piece.members):
+        return False
+    return not any(optimizer.param_groups[number].get("fused") for number in piece.spans_by_group)
 
 
 def _step_as_one(optimizer: Optimizer, step: Step, kind: Kind, piece: Piece, entries: Sequence[Entry]) -> None:

@@ -10,6 +10,7 @@ from masters import OPTIMIZERS, assert_same, by_hand, fp32_copies, give_gradient
 from torch import nn
 
 from precision_policy import fp32_weights
+from precision_policy.job import pieces
 
 bf16, int16, int32 = torch.bfloat16, torch.int16, torch.int32
 serving = masters.serving
@@ -49,6 +50,8 @@ def test_low_bits_that_look_like_nan_survive_copies_on_cuda(serving, monkeypatch
         return copies_made(targets, sources, *arguments)
 
     monkeypatch.setattr(torch, "_foreach_copy_", as_on_cuda)
+    dtype = pieces._dtype_of_low_bits(torch.device("cuda"))
+    monkeypatch.setattr(pieces, "_dtype_of_low_bits", lambda device: dtype)
     params = [nn.Parameter(torch.randn(900, generator=torch.Generator().manual_seed(seed)).to(bf16)) for seed in range(3)]
     copies = fp32_copies(params)
     optimizer, reference = OPTIMIZERS[name](params), OPTIMIZERS[name](copies)
