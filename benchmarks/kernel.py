@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name()
     rows = [{"device": device, "what": "a copy", "ms": "", "TB_per_s": f"{copy():.2f}"}]
     values = [torch.randn(shape, device="cuda").mul_(0.02).bfloat16() for shape in SHAPES]

@@ -80,6 +80,7 @@ def add(row: dict[str, str]) -> None:
     if len(sys.argv) > 1:
         device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
         path = Path(sys.argv[1], "step.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
